@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the training state through Orbax: asynchronous, atomic, restored onto any mesh.
+
+Orbax 0.12's `CheckpointManager` stays behind this file. No data iterator is saved: the data
+position is `state.step`. Order on start: the workdir's own last checkpoint, then `init_from`, then
+random parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from flax_vlm import trees
+
+# Errors that mean "the disk said no". Orbax reports a full disk as ValueError (OUT_OF_RANGE or
+# RESOURCE_EXHAUSTED from TensorStore), and only when the asynchronous write is waited for.
+_DISK_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what is still intact."""
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Attributes:
+        directory: holds one folder per step.
+        every: save each `every` steps.
+        keep: number of latest checkpoints that are kept.
+        keep_every: also keep every checkpoint whose step this divides; 0 = none.
+    """
+
+    directory: pathlib.Path
+    every: int
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(self.directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, keep_period=self.keep_every or None
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the last complete checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether `step` is one that is saved."""
+        return step % self.every == 0
+
+    def restore(self, target: Any) -> Any:
+        """Returns the last complete checkpoint as a tree like `target`.
+
+        Args:
+            target: tree of ShapeDtypeStructs with shardings: any mesh, also another than it was
+                saved from.
+
+        Raises:
+            CheckpointError: if it cannot be read, or has other tensors than the target.
+        """
+        step = self.latest_step()
+        try:
+            args = ocp.args.StandardRestore(_plain(target), strict=True)
+            return type(target)(**self._manager.restore(step, args=args))
+        except _DISK_ERRORS as error:
+            raise CheckpointError(
+                f"checkpoint {self.directory}/{step} could not be restored: {_first_line(error)}; "
+                f"steps at hand: {self._manager.all_steps()}. Move that folder away to resume from "
+                f"the step before"
+            ) from error
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write `state` as the checkpoint of `step`; a step that exists is left alone.
+
+        Raises:
+            CheckpointError: if this or the previous save failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_plain(state)), force=True)
+        except _DISK_ERRORS as error:
+            raise self._save_error(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except _DISK_ERRORS as error:
+            raise self._save_error(error) from error
+
+    def close(self) -> None:
+        """Waits for running saves and frees the writer threads."""
+        self._manager.close()
+
+    def _save_error(self, error: Exception) -> CheckpointError:
+        self._manager.reload()
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; "
+            f"the last complete one is step {self.latest_step()}. Free disk space and start the "
+            f"same command again to resume from it"
+        )
+
+
+def load_params(directory: pathlib.Path, *, prefer_ema: bool = True) -> tuple[Any, int]:
+    """Returns (parameters of the last checkpoint as host arrays, its step).
+
+    Args:
+        directory: the `checkpoints` folder of a workdir.
+        prefer_ema: take the moving average of parameters where the run kept one.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint.
+    """
+    directory = pathlib.Path(directory).absolute()
+    with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{directory} must hold a complete checkpoint, found none")
+        metadata = manager.item_metadata(step).tree
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {key: metadata[key] for key in ("params", "ema") if metadata.get(key)}
+        item = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), wanted)
+        restored = manager.restore(
+            step,
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    params = restored["params"]
+    if prefer_ema and "ema" in restored:
+        averaged = trees.named_leaves(restored["ema"])
+        params = trees.map_with_path(lambda path, leaf: averaged.get(path, leaf), params)
+    return params, step
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """Returns a dataclass as a dict: the files then say nothing of our classes."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of every test: 8 virtual CPU devices, float32 matmuls in full precision, a persistent
+compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+_CACHE = os.environ.get(
+    "FLAX_VLM_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "flax_vlm_test_cache")
+)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE  # programs that tests start share it
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_vlm import trees
+from flax_vlm.training.optimizers import SCHEDULES, build_optimizer
+
+PARAMS = {
+    "image": {"fc1": {"kernel": jnp.full((64, 48), 0.5), "bias": jnp.full((48,), 0.5)}},
+    "logit_scale": jnp.float32(4.5),
+}
+GRADS = jax.tree.map(lambda p: jnp.full_like(p, 0.25), PARAMS)
+PATHS = list(trees.named_leaves(PARAMS))
+
+
+def update(spec, params=PARAMS, grads=GRADS, steps=1):
+    optimizer = build_optimizer(spec, steps=100, paths=PATHS)
+    state = optimizer.transform.init(params)
+    for _ in range(steps):
+        change, state = optimizer.transform.update(grads, state, params)
+        params = optax.apply_updates(params, change)
+    return params
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_every_optimizer_moves_against_the_gradient(name):
+    new = update({"name": name, "lr": 0.01}, steps=2)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a < b)), new, PARAMS)))
+
+
+def test_adamw_equals_its_formula():
+    new = update({"name": "adamw", "lr": 0.01, "weight_decay": 0.1, "b2": 0.95}, steps=1)
+    # first step: m / sqrt(v) = g / |g| after bias correction; decay is multiplied by the learning
+    # rate
+    expected = 0.5 - 0.01 * (0.25 / (0.25 + 1e-8) + 0.1 * 0.5)
+    np.testing.assert_allclose(new["image"]["fc1"]["kernel"][0, 0], expected, rtol=1e-6)
+
+
+def test_decay_acts_on_what_its_rule_matches():
+    new = update(
+        {"name": "sgd", "lr": 1.0, "weight_decay": 0.1}, grads=jax.tree.map(jnp.zeros_like, GRADS)
+    )
+    np.testing.assert_allclose(new["image"]["fc1"]["kernel"], 0.45, rtol=1e-6)
+    assert float(new["image"]["fc1"]["bias"][0]) == 0.5 and float(new["logit_scale"]) == 4.5
+
+
+def test_learning_rate_multipliers_act_by_first_match():
+    spec = {"name": "sgd", "lr": 1.0, "lr_multipliers": (("image/.*bias", 0.0), ("image/.*", 0.5))}
+    new = update(spec)
+    assert float(new["image"]["fc1"]["bias"][0]) == 0.5
+    assert float(new["image"]["fc1"]["kernel"][0, 0]) == 0.5 - 0.125
+    assert float(new["logit_scale"]) == 4.25
+
+
+def test_the_clamp_keeps_the_logit_scale_inside_its_bounds():
+    up = jax.tree.map(lambda g: -g, GRADS)
+    new = update(
+        {"name": "sgd", "lr": 1.0, "clamp": (("logit_scale", 0.0, 4.6052),)}, grads=up, steps=3
+    )
+    np.testing.assert_allclose(new["logit_scale"], 4.6052, rtol=1e-6)
+    assert float(new["image"]["fc1"]["kernel"][0, 0]) == 1.25, "others are free"
+
+
+def test_gradient_clipping_bounds_the_global_norm():
+    new = update({"name": "sgd", "lr": 1.0, "grad_clip": 0.1})
+    change = jax.tree.map(lambda a, b: a - b, new, PARAMS)
+    np.testing.assert_allclose(optax.tree.norm(change), 0.1, rtol=1e-4)
+
+
+def test_adafactor_keeps_factored_moments_and_bfloat16_momentum():
+    optimizer = build_optimizer({"name": "adafactor", "lr": 1.0}, steps=10)
+    leaves = jax.tree.leaves(optimizer.transform.init({"w": jnp.ones((256, 128))}))
+    second = [x.size for x in leaves if x.dtype == jnp.float32]
+    assert sum(second) < 256 + 128 + 8 and any(x.dtype == jnp.bfloat16 for x in leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "points"),
+    [
+        ("warmup_cosine", {"warmup": 10}, {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0}),
+        ("warmup_cosine", {"warmup": 0.1, "end": 0.2}, {10: 1.0, 100: 0.2}),
+        ("rsqrt", {"warmup": 10, "timescale": 30}, {5: 0.5, 10: 1.0, 100: 0.5}),
+        (
+            "rsqrt",
+            {"warmup": 0, "timescale": 100, "cooldown": 0.5},
+            {50: 1 / 1.5**0.5, 75: 0.5 / 1.75**0.5, 100: 0},
+        ),
+        ("constant", {}, {0: 1.0, 100: 1.0}),
+        ("constant", {"warmup": 4}, {2: 0.5, 50: 1.0}),
+    ],
+)
+def test_schedules_pass_through_their_points(name, options, points):
+    schedule = SCHEDULES[name](lr=1.0, steps=100, **options)
+    for step, value in points.items():
+        np.testing.assert_allclose(schedule(jnp.int32(step)), value, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"name": "adam", "lr": 1},
+            "unknown optimizer 'adam', choose one of .*adamw.*did you mean",
+        ),
+        (
+            {"name": "adamw", "lr": 1, "beta2": 0.9},
+            "unknown key .'beta2'. for optimizer 'adamw'.*b2",
+        ),
+        ({"name": "sgd", "lr": 1, "schedule": {"name": "cos"}}, "unknown schedule 'cos'"),
+        ({"name": "sgd", "lr": 1, "freeze": ("imag/.*",)}, "optimizer.freeze must match"),
+        ({"name": "sgd", "lr": 1, "freeze": (".*",)}, "must leave something to train"),
+    ],
+)
+def test_wrong_settings_name_the_choices(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(spec, steps=10, paths=PATHS)
