@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: `build(EVALUATORS, {"name": "zero_shot", ...}, "evaluator", dataset=..., batch_size=...)`."""
+"""What is measured.
+
+build(EVALUATORS, {"name": "zero_shot", ...}, "evaluator", dataset=..., batch_size=...)
+"""
 
 from flax_vlm.evaluation.classification import Classification
 from flax_vlm.evaluation.retrieval import Retrieval

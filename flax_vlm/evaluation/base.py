@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every evaluator stands on: the Predictor, and one pass over a dataset that gives exact results.
+"""What every evaluator stands on: the Predictor, and one exact pass over a dataset.
 
     for batch in dataset.ordered(...):              a fixed size, padded with example_mask False
-        rows = predictor("image_embedding", batch)  jitted once per name, reused across datasets and parameters
+        rows = predictor("image_embedding", batch)  jitted once per name, for all parameters
     masked rows are dropped on the host, scores.* are pure numpy
 
-Every process takes part in every call and ends with the same rows in the same order, so the batch size, the
-number of devices and the number of processes change no metric.
+Every process takes part in every call and ends with the same rows in the same order, so the batch
+size, the number of devices and the number of processes change no metric.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from flax_vlm.objectives.base import Extras, Params, PredictFn
 if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset, Preprocess
 
-# The batch keys that a prediction reads; a name that is not listed here gets all keys. It saves the transfer, and
-# lets a batch of prompts and a batch of examples share one compiled text encoder.
+# The batch keys that a prediction reads; a name that is not listed here gets all keys. It saves the
+# transfer, and lets a batch of prompts and a batch of examples share one compiled text encoder.
 INPUTS: dict[str, tuple[str, ...]] = {
     "image_embedding": ("image", "images", "video"),
     "image_tokens": ("image", "images", "video"),
@@ -58,13 +58,15 @@ class Evaluator(Protocol):
 class Predictor:
     """Calls `predictor(name, batch)`: numpy rows in, numpy rows out, compiled once per name.
 
-    Moves data to and from the devices explicitly, so that it runs under `jax.transfer_guard("disallow")`.
+    Moves data to and from the devices explicitly, so that it runs under
+    `jax.transfer_guard("disallow")`.
 
     Attributes:
         predictions: `objective.predictions`: name -> function of (params, extras, batch).
         params: parameters, as they are sharded.
         extras: what gradients do not train.
-        batch_sharding: of the rows of a batch over a mesh; None leaves the placement to jax (one process).
+        batch_sharding: of the rows of a batch over a mesh; None leaves the placement to jax (one
+            process).
         shard: (index, count) of the slice of every global batch that this process feeds:
             `training.sharding.data_shard(batch_sharding)`.
     """
@@ -74,7 +76,7 @@ class Predictor:
     extras: Extras
     batch_sharding: NamedSharding | None = None
     shard: tuple[int, int] = (0, 1)
-    # shared by all copies that `with_params` makes: that is what keeps a second evaluation from compiling
+    # shared by all copies that `with_params` makes, so that a second evaluation does not compile
     _programs: dict[str, Callable] = dataclasses.field(default_factory=dict, repr=False)
     _sizes: dict[Any, set[int]] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -85,20 +87,21 @@ class Predictor:
     def __call__(self, name: str, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns one prediction for every row.
 
-        The batch is padded to the smallest size that was compiled before and holds it, so only a larger batch
-        compiles again; any number of rows works on any number of devices.
+        The batch is padded to the smallest size that was compiled before and holds it, so only a
+        larger batch compiles again; any number of rows works on any number of devices.
 
         Args:
             name: a key of `predictions`.
-            batch: arrays [b, ...] of the batch contract, this process's slice of the global batch; the same b in
-                every process. Other keys are ignored.
+            batch: arrays [b, ...] of the batch contract, this process's slice of the global batch;
+                the same b in every process. Other keys are ignored.
 
         Returns:
-            [b * count, ...], the rows of the global batch: those of slice 0, then of slice 1 ... The same in every
-            process; with one process simply the rows of `batch`.
+            [b * count, ...], the rows of the global batch: those of slice 0, then of slice 1 ...
+            The same in every process; with one process simply the rows of `batch`.
 
         Raises:
-            ValueError: if there is no such prediction, listing those that exist; if the batch has no rows.
+            ValueError: if there is no such prediction, listing those that exist; if the batch has
+                no rows.
         """
         function = lookup(self.predictions, name, "prediction")
         keys = INPUTS.get(name, contract.KEYS)
@@ -173,8 +176,9 @@ def predict_all(
         batch_size: of the global batch; a multiple of the number of slices. Changes no result.
 
     Returns:
-        {name: [n, ...]} for every name; "index" [n] int64, the positions in `dataset.source`; "label" [n] int32 and
-        "text_id" [n] int32 where the batches have them. Padding and unreadable examples are left out.
+        {name: [n, ...]} for every name; "index" [n] int64, the positions in `dataset.source`; "label"
+        and "text_id" [n] int32 where the batches have them. Padding and unreadable examples are left
+        out.
 
     Raises:
         ValueError: if no example can be read, or the batch size cannot be split over the processes.
@@ -182,8 +186,8 @@ def predict_all(
     index, count = predictor.shard
     if batch_size % count:
         raise ValueError(
-            f"batch_size must be a multiple of the {count} slices that the processes feed, got {batch_size}; "
-            f"change the batch_size of the evaluation"
+            f"batch_size must be a multiple of the {count} slices that the processes feed, "
+            f"got {batch_size}; change the batch_size of the evaluation"
         )
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.ordered(batch_size=batch_size, shard=index, num_shards=count):
@@ -196,8 +200,8 @@ def predict_all(
     keep = result.pop("example_mask", np.zeros(0, bool))
     if not keep.any():
         raise ValueError(
-            f"an evaluation needs at least one readable example, got none of {len(dataset.source)}; "
-            f"check the data of this evaluation"
+            f"an evaluation needs at least one readable example, "
+            f"got none of {len(dataset.source)}; check the data of this evaluation"
         )
     result["index"] = np.arange(len(keep))
     return {key: array[keep] for key, array in result.items()}
@@ -214,8 +218,9 @@ def embed_texts(
     if truncated.any():
         longest = max((texts[i] for i in np.flatnonzero(truncated)), key=len)
         warnings.warn(
-            f"{truncated.sum()} of {len(texts)} texts are longer than the context of {preprocess.text_length} "
-            f"tokens and were cut, the longest is {longest!r}; raise the text length or shorten the templates",
+            f"{truncated.sum()} of {len(texts)} texts are longer than the context of "
+            f"{preprocess.text_length} tokens and were cut, the longest is {longest!r}; "
+            f"raise the text length or shorten the templates",
             stacklevel=2,
         )
     index, count = predictor.shard

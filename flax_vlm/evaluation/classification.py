@@ -32,7 +32,7 @@ class Classification:
     num_pictures: int = 24
 
     def run(self, predictor: Predictor, folder: pathlib.Path | None) -> dict[str, float]:
-        """Returns accuracy, its 95 % interval and more (`class_metrics`); writes predictions.png."""
+        """Returns what `class_metrics` reports; writes predictions.png."""
         rows = predict_all(predictor, self.dataset, ["logits"], self.batch_size)
         rows = labelled(rows, rows["logits"].shape[1])
         metrics = class_metrics(scores.label_ranks(rows["logits"], rows["label"]), rows["label"])
@@ -46,7 +46,8 @@ class Classification:
                 rows,
                 rows["logits"].argmax(1),
                 self.num_pictures,
-                f"Classification: {100 * metrics['accuracy']:.1f} % of {len(rows['label']):,} test images",
+                f"Classification: {100 * metrics['accuracy']:.1f} % of "
+                f"{len(rows['label']):,} test images",
             )
         return metrics
 
@@ -99,7 +100,7 @@ def class_metrics(rank: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def evenly_spaced(count: int, total: int) -> np.ndarray:
-    """Returns at most `count` indices spread over 0..total-1, so that sorted data shows all its classes."""
+    """Returns at most `count` indices spread over 0..total-1: sorted data shows all classes."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 

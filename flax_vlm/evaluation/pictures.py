@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of results: predictions on images, image-text similarity, the training curve, attention maps.
+"""Figures of results: predictions, image-text similarity, training curve, attention maps.
 
-Only matplotlib's Figure objects: no pyplot, no global settings, so a notebook's own style is left alone and
-evaluation can run in any thread. Texts come from data and are never read as formulas ("$5").
+Only matplotlib's Figure objects: no pyplot, no global settings, so a notebook's own style is left
+alone and evaluation can run in any thread. Texts come from data and are never read as formulas
+("$5").
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 INK, GRAY, LIGHT = "#1f2430", "#7a808c", "#d5d8de"
 WRONG = "#c8102e"
+FRAME = "#e08214"
 LINES = ("#2166ac", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#35978f")
 DPI = 150  # of saved files: figures are sized in inches for text of 8-11 points
 
@@ -50,7 +52,7 @@ def prediction_grid(
     title: str = "",
     columns: int = 8,
 ) -> Figure:
-    """Returns a grid of images with their predicted labels, the wrong ones in red with the true label beneath.
+    """Returns a grid of images with predicted labels; wrong ones are red, with the true label.
 
     Args:
         images: [H, W, C] uint8 each.
@@ -75,7 +77,7 @@ def prediction_grid(
         _frame(axes, WRONG if wrong[n] else LIGHT, 2.4 if wrong[n] else 0.8)
         _below(axes, 5, _short(predicted[n]), WRONG if wrong[n] else INK, 9)
         if wrong[n]:
-            _below(axes, 17, f"true: {_short(actual[n])}", GRAY, 7.5)
+            _below(axes, 17, f"true: {_short(actual[n], 13)}", GRAY, 7.5)
     top = 1 - 0.26 / height
     left = 0.16 / width
     figure.text(left, top, title, color=INK, fontsize=11, va="center", parse_math=False)
@@ -92,7 +94,7 @@ def similarity_matrix(
     title: str = "",
     positives: np.ndarray | None = None,
 ) -> Figure:
-    """Returns the heat map of captions (lines) by images (columns, with thumbnails); right pairs are framed.
+    """Returns the heat map of captions (lines) by images (columns), the right pairs framed.
 
     Args:
         images: [H, W, C] uint8 each.
@@ -116,8 +118,8 @@ def similarity_matrix(
     if max(lines, columns) <= 16:
         _write_values(axes, values, heat)
     for y, x in np.argwhere(pairs):
-        frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=LINES[1], linewidth=1.8)
-        axes.add_patch(frame)
+        style = dict(fill=False, edgecolor=FRAME, linewidth=1.8, clip_on=False)
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **style))
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(lines - 0.5, -1.55), xticks=[], aspect="auto")
     labels = [_wrap(caption, 38) for caption in captions]
     axes.set_yticks(range(lines), labels, fontsize=8, color=INK, parse_math=False)
@@ -128,6 +130,8 @@ def similarity_matrix(
     )
     top = 1 - 0.28 / height
     figure.text(0.16 / width, top, title, color=INK, fontsize=11, va="center", parse_math=False)
+    note = "framed: true pairs"
+    figure.text(0.16 / width, top - 0.27 / height, note, color=FRAME, fontsize=9, va="center")
     return figure
 
 
@@ -140,10 +144,10 @@ def training_curve(
     """Returns loss, evaluation metrics and learning rate over steps.
 
     Args:
-        rows: of metrics.jsonl: {"step": ..., "loss": ..., "learning_rate": ..., "eval/zero_shot/accuracy": ...};
-            a row need not have all keys.
+        rows: of metrics.jsonl, with "step" and any of "loss", "learning_rate", "eval/...".
         title: above the picture.
-        metrics: keys to show, values in 0..1; None takes those under "eval/" that end in one of HEADLINES.
+        metrics: keys to show, values in 0..1; None takes those under "eval/" that end in one of
+            HEADLINES.
     """
     if metrics is None:
         keys = dict.fromkeys(key for row in rows for key in row)
@@ -163,7 +167,9 @@ def training_curve(
     panels[-1].set_xlabel("step")
     for panel in panels:
         _plain(panel)
+    panels[-1].set_ylim(bottom=0)
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    panels[-1].yaxis.get_offset_text().set(fontsize=8.5, color=INK)
     panels[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True))
     panels[0].set_title(title, loc="left", color=INK, fontsize=11, parse_math=False)
     figure.align_ylabels()
@@ -173,7 +179,7 @@ def training_curve(
 def attention_map(
     image: np.ndarray, maps: np.ndarray, names: Sequence[str], *, title: str = ""
 ) -> Figure:
-    """Returns the image, and beside it one overlay per attention map, each scaled to its own maximum.
+    """Returns the image and one overlay per attention map, each scaled to its own maximum.
 
     Args:
         image: [H, W, C] uint8.
@@ -189,7 +195,7 @@ def attention_map(
     lines = math.ceil((len(maps) + 1) / columns)
     tall = image.shape[0] / image.shape[1]
     figure = Figure(
-        figsize=(1.9 * columns, lines * (1.9 * tall + 0.25) + 0.35),
+        figsize=(1.9 * columns, lines * (1.82 * tall + 0.3) + (0.3 if title else 0.05)),
         facecolor="white",
         layout="constrained",
     )
@@ -227,7 +233,7 @@ def _below(axes: Axes, points: float, text: str, color: str, size: float) -> Non
     )  # fmt: skip
 
 
-def _short(text: str, width: int = 18) -> str:
+def _short(text: str, width: int = 15) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
@@ -239,7 +245,15 @@ def _wrap(text: str, width: int) -> str:
 def _write_values(axes: Axes, values: np.ndarray, heat: Any) -> None:
     for (y, x), value in np.ndenumerate(values):
         color = "white" if heat.norm(value) > 0.6 else INK
-        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=color)
+        axes.text(
+            x,
+            y,
+            f"{value:.2f}".replace("-", "−"),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=color,
+        )
 
 
 def _color_bar(figure: Figure, heat: Any, *box: float) -> None:
@@ -274,6 +288,9 @@ def _draw_loss(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
     # a fall over more than a factor of ten would hide the end of training on a linear axis
     if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("loss")
 
 
@@ -284,7 +301,8 @@ def _draw_metrics(
 ) -> None:
     for n, (key, (steps, values)) in enumerate(series.items()):
         color = LINES[n % len(LINES)]
-        label = f"{key.removeprefix('eval/').replace('/', ' ').replace('_', ' ')}  {100 * values[-1]:.1f} %"
+        label = key.removeprefix("eval/").replace("/", " ").replace("_", " ")
+        label = f"{label}  {100 * values[-1]:.1f} %"
         axes.plot(steps, values, color=color, marker="o", markersize=3, linewidth=1.4, label=label)
         low, high = _series(rows, f"{key}_low"), _series(rows, f"{key}_high")
         if len(low[0]) == len(high[0]) == len(steps):
@@ -292,7 +310,7 @@ def _draw_metrics(
     axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     axes.set_ylabel("evaluation")
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=INK)
+    axes.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=INK)
 
 
 def _plain(axes: Axes) -> None:
@@ -306,7 +324,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _enlarged(image: np.ndarray, side: int = 256) -> np.ndarray:
-    """Returns [H, W, 3] uint8, a small image repeated to about `side` pixels so that maps are drawn smoothly."""
+    """Returns [H, W, 3] uint8; pixels of a small image are repeated, for maps to be smooth."""
     image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
     times = max(1, side // min(image.shape[:2]))
     return image.repeat(times, axis=0).repeat(times, axis=1)

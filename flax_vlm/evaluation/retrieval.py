@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-text retrieval: recall@k from images to texts and from texts to images.
 
-Karpathy & Fei-Fei (2015), section 4.1. Every example gives one image and one caption. Captions that are equal
-(`text_id`) are right answers to each other's images: nobody could tell them apart.
+Karpathy & Fei-Fei (2015), section 4.1. Every example gives one image and one caption. Captions that
+are equal (`text_id`) are right answers to each other's images: nobody could tell them apart.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Retrieval:
         """Returns the recalls; writes similarity.png.
 
         Returns:
-            "i2t@k" (an image looks for its text) and "t2i@k" for every k; "examples", how many there are.
+            "i2t@k" (an image looks for its text) and "t2i@k" for every k; "examples", how many
+            there are.
         """
         names = ["image_embedding", "text_embedding"]
         rows = predict_all(predictor, self.dataset, names, self.batch_size)
@@ -62,7 +63,7 @@ class Retrieval:
         return metrics | {"examples": len(ids)}
 
     def _draw(self, folder: pathlib.Path, rows: dict[str, np.ndarray]) -> None:
-        """Writes the similarities of a few examples with different captions, right pairs on the diagonal."""
+        """Writes the similarities of a few examples with different captions."""
         _, first = np.unique(rows["text_id"], return_index=True)
         chosen = np.sort(first)[evenly_spaced(self.num_pictures, len(first))]
         source = self.dataset.source

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores as pure numpy functions of predictions.
 
-One rule for ties everywhere: **a tie is never won.** A target that scores as high as the right one comes before it,
-so a collapsed model, whose scores are all equal, gets no credit for the order of the data. (The one exception is
-`two_choice`, where a tie is a coin flip.) A NaN is never won either.
+One rule for ties everywhere: **a tie is never won.** A target that scores as high as the right one
+comes before it, so a collapsed model, whose scores are all equal, gets no credit for the order of
+the data. (The one exception is `two_choice`, where a tie is a coin flip.) A NaN is never won
+either.
 
-Sources: recall@k as in Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments" (2015), section 4.1, with any number of
-right answers; Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
+Sources: recall@k as in Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments" (2015), section 4.1,
+with any number of right answers; Wilson, "Probable Inference, the Law of Succession, and
+Statistical Inference" (1927).
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Cosines closer than this are equal: float32 embeddings of one and the same picture differ by about 1e-7 when it
-# is computed in another batch.
+# Cosines closer than this are equal: float32 embeddings of one and the same picture differ by about
+# 1e-7 when it is computed in another batch.
 TIE = 1e-6
 
 
@@ -41,9 +43,10 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def class_embeddings(prompts: np.ndarray) -> np.ndarray:
-    """Returns one unit vector per class from the embeddings of its prompts: normalise, mean, normalise again.
+    """Returns one unit vector per class: its prompts normalised, averaged, normalised again.
 
-    Source: CLIP (Radford et al. 2021), section 3.1.4, and its notebook Prompt_Engineering_for_ImageNet.
+    Source: CLIP (Radford et al. 2021), section 3.1.4, and its notebook
+        Prompt_Engineering_for_ImageNet.
 
     Args:
         prompts: [classes, templates, E].
@@ -55,7 +58,7 @@ def class_embeddings(prompts: np.ndarray) -> np.ndarray:
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-    """Returns how many other classes score at least as high as the right one; 0 = it alone is highest.
+    """Returns how many other classes score at least as high as the right one.
 
     `(label_ranks(...) == 0).mean()` is the accuracy, `recall_at_k` of it the top-k accuracy.
 
@@ -65,7 +68,7 @@ def label_ranks(scores: np.ndarray, labels: np.ndarray, tolerance: float = 0.0) 
         tolerance: scores closer than this are equal.
 
     Returns:
-        [n] int64 in 0..classes-1.
+        [n] int64 in 0..classes-1; 0 = the right class alone is highest.
     """
     right = np.take_along_axis(scores, labels.astype(np.int64)[:, None], axis=1)  # [n, 1]
     # not "<" rather than ">=": a NaN, on either side, must count against the row
@@ -97,7 +100,8 @@ def mean_class_accuracy(correct: np.ndarray, labels: np.ndarray) -> float:
 def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Returns the Wilson score interval of a proportion; (0, 1) if nothing was counted.
 
-    centre = (p + z^2 / 2n) / (1 + z^2 / n),  half = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
+    centre = (p + z^2 / 2n) / (1 + z^2 / n)
+    half   = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
 
     Args:
         correct: number of successes; halves are allowed.
@@ -113,11 +117,12 @@ def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[fl
 
 
 def ranks(similarity: np.ndarray, positives: np.ndarray, tolerance: float = TIE) -> np.ndarray:
-    """Returns how many wrong targets come before the best right one; 0 = a right one is retrieved first.
+    """Returns how many wrong targets come before the best right one.
 
     rank = #{wrong j : s_j >= max over right i of s_i - tolerance}
 
-    Right targets never push each other down, and a wrong target that ties with the best right one comes before it.
+    Right targets never push each other down, and a wrong target that ties with the best right one
+    comes before it.
 
     Args:
         similarity: [q, m] float, queries by targets.
@@ -125,7 +130,7 @@ def ranks(similarity: np.ndarray, positives: np.ndarray, tolerance: float = TIE)
         tolerance: scores closer than this are equal.
 
     Returns:
-        [q] int64.
+        [q] int64; 0 = a right target is retrieved first.
 
     Raises:
         ValueError: if a query has no right answer.

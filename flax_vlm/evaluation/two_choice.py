@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two choices: does the model prefer the true caption to one whose words say something else?
 
-A caption such as "a small red circle left of a large blue square" with its attributes swapped ("a small blue circle
-left of a large red square") has the same words, so that only a model that binds attributes to objects is above
-50 %. As in ARO (Yuksekgonul et al. 2023) and SugarCrepe (Hsieh et al. 2023), but with a tie counted half, because
-there the first caption wins it.
+A caption such as "a small red circle left of a large blue square" with its attributes swapped ("a
+small blue circle left of a large red square") has the same words, so that only a model that binds
+attributes to objects is above 50 %. As in ARO (Yuksekgonul et al. 2023) and SugarCrepe (Hsieh et
+al. 2023), but with a tie counted half, because there the first caption wins it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import pathlib
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor, embed_texts, predict_all
@@ -41,16 +39,16 @@ class TwoChoice:
         """Returns the accuracy.
 
         Returns:
-            "accuracy", a tie counts half; "accuracy_low", "accuracy_high", its 95 % Wilson interval; "examples", all
-            that could be read; "examples_with_swap", those that were counted.
+            "accuracy", a tie counts half; "accuracy_low" and "accuracy_high", its 95 % Wilson
+            interval; "examples", all that could be read; "examples_with_swap", those counted.
         """
         names = ["image_embedding", "text_embedding"]
         rows = predict_all(predictor, self.dataset, names, self.batch_size)
         chosen = [n for n, i in enumerate(rows["index"]) if self._swapped[i]]
         if not chosen:
             raise ValueError(
-                f"two_choice needs examples with meta[{self.key!r}], got none of {len(rows['index'])}; "
-                f"use a dataset that has them, such as shapes"
+                f"two_choice needs examples with meta[{self.key!r}], "
+                f"got none of {len(rows['index'])}; use a dataset that has them, such as shapes"
             )
         wrong = embed_texts(
             predictor,
@@ -71,6 +69,6 @@ class TwoChoice:
 
     @functools.cached_property
     def _swapped(self) -> list[str]:
-        """Returns the other caption of every example, "" where there is none; read once for all evaluations."""
+        """Returns the other caption of every example, "" where there is none; read only once."""
         source = self.dataset.source
         return [source[i].get("meta", {}).get(self.key) or "" for i in range(len(source))]

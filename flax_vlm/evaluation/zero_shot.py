@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zero-shot classification: the class whose prompts are nearest to the image.
 
-CLIP (Radford et al. 2021), section 3.1; SigLIP measures the same way. Every prompt is embedded and normalised, the
-mean over the templates of a class is normalised again, and the highest cosine wins.
+CLIP (Radford et al. 2021), section 3.1; SigLIP measures the same way. Every prompt is embedded and
+normalised, the mean over the templates of a class is normalised again, and the highest cosine wins.
 
-Differs from CLIP and big_vision: a class that ties with the right one counts as wrong (there, the first of them
-wins). That matters only where two classes have the same name, as two pairs of CLIP's ImageNet names have.
+Differs from CLIP and big_vision: a class that ties with the right one counts as wrong (there, the
+first of them wins). That matters only where two classes have the same name, as two pairs of CLIP's
+ImageNet names have.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from flax_vlm.build import lookup
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor, embed_texts, predict_all
@@ -26,7 +25,8 @@ from flax_vlm.evaluation.classification import class_metrics, draw_predictions, 
 if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset
 
-# "clip_best" as in big_vision: the seven of CLIP's notebook Prompt_Engineering_for_ImageNet, and the bare name.
+# "clip_best" as in big_vision: the seven of CLIP's notebook Prompt_Engineering_for_ImageNet, and
+# the bare name.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "clip_best": (
@@ -50,8 +50,8 @@ class ZeroShot:
         dataset: examples with a label; its tokenizer encodes the prompts.
         batch_size: global; changes no result.
         templates: prompts with one "{}" each, or a key of TEMPLATES.
-        class_names: one per label; None takes those of the dataset's source. Of synonyms separated by commas
-            the first is used.
+        class_names: one per label; None takes those of the dataset's source. Of synonyms separated
+            by commas the first is used.
         canonicalize: lower case without punctuation, as SigLIP was trained.
         num_pictures: test images in predictions.png.
     """
@@ -69,11 +69,12 @@ class ZeroShot:
             raise ValueError(f"templates need one '{{}}' each, got {bad or 'no template'}")
         if not self._names():
             raise ValueError(
-                "zero_shot needs class names, the dataset has none; set class_names in the evaluation's config"
+                "zero_shot needs class names, the dataset has none; "
+                "set class_names in the evaluation's config"
             )
 
     def run(self, predictor: Predictor, folder: pathlib.Path | None) -> dict[str, float]:
-        """Returns accuracy, its 95 % interval and more (`class_metrics`); writes predictions.png."""
+        """Returns what `class_metrics` reports; writes predictions.png."""
         prompts = self.prompts()
         texts = embed_texts(predictor, self.dataset.preprocess, sum(prompts, []), self.batch_size)
         classes = scores.class_embeddings(texts.reshape(len(prompts), -1, texts.shape[-1]))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification losses: softmax cross entropy with label smoothing (Inception v3, arXiv 1512.00567) and sigmoid.
+"""Classification losses: softmax cross entropy with label smoothing, and its sigmoid form.
 
-The sigmoid form (arXiv 2006.07159, section 3.1 of "Are we done with ImageNet?") treats each class as a yes-no question.
+Label smoothing: Inception v3, arXiv 1512.00567. The sigmoid form (arXiv 2006.07159, section 3.1 of
+"Are we done with ImageNet?") treats each class as a yes-no question.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def softmax_classification_loss(
 ) -> jax.Array:
     """Returns the cross entropy of every example.
 
-    loss = -sum_k q_k log softmax(logits)_k, q = (1 - label_smoothing) onehot(label) + label_smoothing / num_classes.
+    loss = -sum_k q_k log softmax(logits)_k, q = (1 - label_smoothing) onehot(label) +
+    label_smoothing / num_classes.
 
     Args:
         logits: [B, K] float, K classes.

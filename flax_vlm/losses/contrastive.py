@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contrastive losses over all pairs of a batch: the readable form, and the reference of contrastive_sharded.py.
+"""Contrastive losses over all pairs of a batch: the readable form and the reference.
 
-Sigmoid: SigLIP (arXiv 2303.15343) equation 1. Softmax: CLIP (arXiv 2103.00020), also CoCa's contrastive term
+Sigmoid: SigLIP (arXiv 2303.15343) section 3.2. Softmax: CLIP (arXiv 2103.00020), also CoCa's
+    contrastive term
 (arXiv 2205.01917). Distillation: the contrastive term of MobileCLIP (arXiv 2311.17049).
 
-Differs from the papers: each loss is per image and not yet averaged; texts beyond one per image are negatives of
-the images alone; pairs that may match by accident can be left out (pairs.py); softmax is written as
-softplus(LSE of negatives - positive), which stays accurate when the loss is tiny, where LSE - positive cancels.
+Differs from the papers: each loss is per image and not yet averaged; texts beyond one per image
+are negatives of the images alone; pairs that may match by accident can be left out (pairs.py);
+softmax is written as softplus(LSE of negatives - positive), which stays accurate when the loss is
+tiny, where LSE - positive cancels. The same values with flat memory: contrastive_sharded.py.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from flax_vlm.losses.pairs import PairRules, Pairs, Side, arrange, tile_masks
+from flax_vlm.losses.pairs import DEFAULT_RULES, PairRules, Pairs, Side, arrange, tile_masks
 from flax_vlm.shapes import check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class HnNce:
-    """Weights of the negatives of a softmax loss, HN-NCE (DiHT, arXiv 2301.02280) equation 3 (static).
+    """Weights of the negatives of a softmax loss: HN-NCE of DiHT, arXiv 2301.02280 (static).
 
-    -x_ii + log(alpha e^x_ii + sum_j w_ij e^x_ij) over the N negatives j, with w_ij = N e^(beta x_ij) / sum_k e^(beta x_ik).
-    alpha = 1, beta = 0 is the plain loss.
+    -x_ii + log(alpha e^x_ii + sum_j w_ij e^x_ij) over the N negatives j, with w_ij = N e^(beta
+    x_ij) / sum_k e^(beta x_ik). alpha = 1, beta = 0 is the plain loss.
 
     Attributes:
         alpha: weight of the positive, > 0.
@@ -68,12 +70,13 @@ def sigmoid_contrastive_loss(
     logit_bias: jax.Array | None,
     *,
     pairs: Pairs | None = None,
-    rules: PairRules = PairRules(),  # noqa: B008  (frozen)
+    rules: PairRules = DEFAULT_RULES,
     precision: str | None = None,
 ) -> jax.Array:
     """Returns the sigmoid loss of every image: summed over its texts, not averaged over images.
 
-    loss_i = sum_j softplus(-z_ij x_ij), x_ij = logit_scale <I_i, T_j> + logit_bias, z = 1 for positives, -1 for negatives.
+    loss_i = sum_j softplus(-z_ij x_ij), x_ij = logit_scale <I_i, T_j> + logit_bias, z = 1 for
+    positives, -1 for negatives.
 
     Args:
         image_embedding: [B, E] unit vectors.
@@ -90,7 +93,7 @@ def sigmoid_contrastive_loss(
     Raises:
         ValueError: if shapes disagree or M < B.
 
-    Source: SigLIP, arXiv 2303.15343, equation 1, without its 1/B.
+    Source: SigLIP, arXiv 2303.15343, section 3.2, without its 1/B.
     """
     rows, columns = arrange(image_embedding, text_embedding, pairs)
     scale, bias = scalars(rows, logit_scale, logit_bias)
@@ -105,18 +108,20 @@ def softmax_contrastive_loss(
     logit_bias: jax.Array | None = None,
     *,
     pairs: Pairs | None = None,
-    rules: PairRules = PairRules(),  # noqa: B008  (frozen)
+    rules: PairRules = DEFAULT_RULES,
     weighting: HnNce = PLAIN,
     precision: str | None = None,
 ) -> jax.Array:
-    """Returns the symmetric softmax loss of every image-text pair, not averaged: CLIP, and CoCa's contrastive term.
+    """Returns the symmetric softmax loss of every image-text pair: CLIP, CoCa's contrastive term.
 
-    loss_i = (row_i + column_i) / 2, row_i = softplus(LSE_j x_ij - LSE_p x_ip) over negatives j and positives p of image i
-    (with several positives this is MIL-NCE, arXiv 1912.06430); column_i the same for text i over images.
+    loss_i = (row_i + column_i) / 2, row_i = softplus(LSE_j x_ij - LSE_p x_ip) over negatives j and
+    positives p of image i (with several positives this is MIL-NCE, arXiv 1912.06430); column_i the
+    same for text i over images.
 
     Args:
         image_embedding: [B, E] unit vectors.
-        text_embedding: [M, E] unit vectors, M >= B; text i matches image i. Texts from B on are negatives of images only.
+        text_embedding: [M, E] unit vectors, M >= B; text i matches image i. Texts from B on are
+            negatives of images only.
         logit_scale: [] positive (already exponentiated).
         logit_bias: taken so that all losses have one signature; a softmax does not see it.
         pairs: ids, masks and the positive index.
@@ -148,10 +153,11 @@ def distillation_contrastive_loss(
     pairs: Pairs | None = None,
     precision: str | None = None,
 ) -> jax.Array:
-    """Returns the cross entropy of the student's similarities under the teacher's, per image-text pair.
+    """Returns the cross entropy of the student's similarities under the teacher's, per pair.
 
-    loss_i = (CE(softmax_j teacher_ij, softmax_j x_ij) + CE(softmax_j teacher_ji, softmax_j x_ji)) / 2; the rows run over
-    all M texts, the columns over B images. The caller adds softmax_contrastive_loss.
+    loss_i = (CE(softmax_j teacher_ij, softmax_j x_ij) + CE(softmax_j teacher_ji, softmax_j x_ji))
+    / 2; the rows run over all M texts, the columns over B images. The caller adds
+    softmax_contrastive_loss.
 
     Args:
         image_embedding: [B, E] unit vectors of the student.
@@ -159,7 +165,8 @@ def distillation_contrastive_loss(
         logit_scale: [] of the student.
         logit_bias: not seen, as in softmax_contrastive_loss.
         teacher: embeddings and scale of the teacher; no gradient flows to them.
-        pairs: masks and the positive index (the teacher already knows equal texts: text_id is not used).
+        pairs: masks and the positive index (the teacher already knows equal texts: text_id is not
+            used).
         precision: of the matrix products, a name of jax.lax.Precision; None for the global default.
 
     Returns:
@@ -168,7 +175,7 @@ def distillation_contrastive_loss(
     Raises:
         ValueError: if shapes disagree or M < B.
 
-    Source: MobileCLIP, arXiv 2311.17049, equation 2.
+    Source: MobileCLIP, arXiv 2311.17049.
     """
     teacher = jax.lax.stop_gradient(teacher)
     rows, columns = arrange(image_embedding, text_embedding, pairs)
@@ -227,9 +234,10 @@ def softmax_from_cosine(
 def _direction(
     x: jax.Array, positive: jax.Array, negative: jax.Array, weighting: HnNce, axis: int
 ) -> jax.Array:
-    """Returns log alpha + softplus(A - P - log alpha): A, P the log-sum-exp of weighted negatives and of positives."""
+    """Returns log alpha + softplus(A - P - log alpha): A, P the LSE of negatives, positives."""
     some = negative.any(axis)
-    # an empty row takes every pair instead and is replaced below: log-sum-exp of nothing has no finite gradient
+    # an empty row takes every pair instead and is replaced below: the log-sum-exp of nothing has
+    # no finite gradient
     negative |= jnp.expand_dims(~some, axis)
     log_alpha = jnp.log(jnp.asarray(weighting.alpha, x.dtype))
     level = _lse(x, negative, axis)

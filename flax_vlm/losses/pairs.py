@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which image-text pairs are positives, negatives or neither: the one place for every contrastive loss.
+"""Which image-text pairs are positives, negatives or neither, for every contrastive loss.
 
-A pair (i, j) is judged from what its row and its column carry (index, caption id, mask, mining thresholds), never
-from a [B, M] array, so that the dense loss and a tile of the sharded loss ask the same function.
+A pair (i, j) is judged from what its row and its column carry (index, caption id, mask, mining
+thresholds), never from a [B, M] array, so that the dense loss and a tile of the sharded loss ask
+the same function.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ class Pairs:
     """What is known about the rows of a contrastive batch besides their embeddings.
 
     Attributes:
-        text_id: [M] int32, equal for texts that say the same; an image has the id of its own text. None: all differ.
-        example_mask: [B] bool, False = padding: image i and its text are in nobody's loss. None keeps all.
+        text_id: [M] int32, equal for texts that say the same; an image has the id of its own text.
+            None: all differ.
+        example_mask: [B] bool, False = padding: image i and its text are in nobody's loss. None
+            keeps all.
         extra_mask: [M-B] bool, False = an extra text (no image's match) is padding. None keeps all.
-        positive: [B] int32 without repetition, the text that matches image i. None: text i. The texts are then
-            reordered, which costs the sharded forms one gather of the text embeddings.
+        positive: [B] int32 without repetition, the text that matches image i. None: text i. The
+            texts are then reordered, which costs the sharded forms one gather of the text
+            embeddings.
     """
 
     text_id: jax.Array | None = None
@@ -43,10 +47,10 @@ class PairRules:
     """How pairs that may match by accident are treated (static).
 
     Attributes:
-        same_text: pairs i != j with equal text_id are left out ("ignore"), are further positives ("positive"),
-            or stay negatives ("negative").
-        ceiling: pairs i != j with a cosine above it are left out, unless same_text made them positives. None: no
-            limit.
+        same_text: pairs i != j with equal text_id are left out ("ignore"), are further positives
+            ("positive"), or stay negatives ("negative").
+        ceiling: pairs i != j with a cosine above it are left out, unless same_text made them
+            positives. None: no limit.
     """
 
     same_text: str = "ignore"
@@ -57,6 +61,9 @@ class PairRules:
             raise ValueError(f"same_text must be one of {SAME_TEXT}, got {self.same_text!r}")
         if self.ceiling is not None and not -1.0 < self.ceiling <= 1.0:
             raise ValueError(f"ceiling must be a cosine in (-1, 1] or None, got {self.ceiling}")
+
+
+DEFAULT_RULES = PairRules()
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +105,7 @@ class Masks:
 
 
 def arrange(image: jax.Array, text: jax.Array, pairs: Pairs | None) -> tuple[Side, Side]:
-    """Returns (images [B], texts [M]) with their ids and masks, texts ordered so that text i matches image i.
+    """Returns (images [B], texts [M]) with ids and masks, text i being the match of image i.
 
     Raises:
         ValueError: if a shape disagrees, or there are fewer texts than images.
@@ -138,7 +145,7 @@ def _text_keep(pairs: Pairs, b: int, m: int) -> jax.Array | None:
 
 
 def tile_masks(rows: Side, columns: Side, cosine: jax.Array, rules: PairRules) -> Masks:
-    """Returns the role of every pair of a tile of rows [R] and columns [C] with the cosines [R, C]."""
+    """Returns the role of every pair of a tile of rows [R] and columns [C], cosines [R, C]."""
     keep = rows.index[:, None] != columns.index[None, :]  # [R, C]
     if rows.keep is not None:
         keep &= rows.keep[:, None]
@@ -166,7 +173,9 @@ def _expand(mined: Mapping[str, jax.Array], axis: int) -> dict[str, jax.Array]:
 
 
 def draws(row_code: jax.Array, column_code: jax.Array) -> jax.Array:
-    """Returns one random number per pair, a pure function of the two codes: no tile size or device count changes it.
+    """Returns one random number per pair, a pure function of the two codes.
+
+    No tile size and no device count changes it.
 
     Args:
         row_code: [R] uint32, see `codes`.

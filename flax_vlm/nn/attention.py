@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: the one place that decides which kernel computes softmax(q k^T / sqrt(K)) v, and the multi-head layer.
+
+    "xla"       jax.nn.dot_product_attention; everywhere, every mask
+    "cudnn"     cuDNN flash attention; NVIDIA, bfloat16 and float16
+    "splash"    Pallas splash attention; TPU, long sequences without a mask or causal (interpreted on other platforms)
+    "explicit"  two einsums and a softmax one can read; the reference, and what attention maps are taken from
+
+All of them take the softmax in float32, and a query that may attend to nothing gets zeros, never NaN.
+
+Paper: Vaswani et al. 2017, arXiv:1706.03762, section 3.2. The order of preference is not measured by this project on GPU
+or TPU; it follows what the kernels support and that XLA's own attention is good at ViT's usual 196 to 256 tokens on TPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from flax_vlm.build import lookup
+from flax_vlm.nn.masks import causal_mask, combine_masks
+from flax_vlm.nn.splash import splash_attention
+from flax_vlm.shapes import check_shapes
+
+SPLASH_MIN_LENGTH = 1024  # below it the score matrix is small enough that XLA's fusion does well
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+
+
+def choose_implementation(
+    platform: str,
+    dtype: Any,
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    *,
+    has_mask: bool = False,
+    mesh_shape: Mapping[str, int] | None = None,
+    num_devices: int = 1,
+) -> str:
+    """Returns the name of the implementation that "auto" stands for; a pure function.
+
+    Args:
+        platform: "cpu", "cuda", "rocm" or "tpu".
+        dtype: of q, k and v.
+        query_shape: [B, S, N, K].
+        key_shape: [B, T, N, K].
+        has_mask: is there a mask besides the causal one?
+        mesh_shape: axis sizes of the ambient mesh (`jax.set_mesh`); None if there is none.
+        num_devices: how many devices the program may be partitioned over.
+    """
+    batch, queries, heads, head_dim = query_shape
+    keys = key_shape[1]
+    if platform == "cuda":
+        flash = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+        flash &= head_dim % 8 == 0 and head_dim <= 128  # 256 needs Hopper
+        flash &= queries > 1  # one query (MAP head) has nothing to save
+        flash &= not has_mask or (queries % 2 == 0 and keys % 2 == 0)  # cuDNN's rule for a bias
+        return "cudnn" if flash else "xla"
+    if platform == "tpu":
+        splash = min(queries, keys) >= SPLASH_MIN_LENGTH and not has_mask and head_dim % 64 == 0
+        # XLA cannot partition a Pallas kernel: it needs one device, or a mesh to be mapped over
+        splash &= num_devices == 1 or _is_divisible(batch, heads, mesh_shape)
+        return "splash" if splash else "xla"
+    return "xla"
+
+
+def _is_divisible(batch: int, heads: int, mesh_shape: Mapping[str, int] | None) -> bool:
+    if mesh_shape is None:
+        return False
+    shards = 1
+    for axis in BATCH_AXES:
+        shards *= mesh_shape.get(axis, 1)
+    return batch % shards == 0 and heads % mesh_shape.get(HEAD_AXIS, 1) == 0
+
+
+def current_platform() -> str:
+    """Returns "cpu", "tpu", "cuda" or "rocm": what a program traced now is going to run on."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+
+
+def _ambient_mesh_shape() -> Mapping[str, int] | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else dict(mesh.shape)
+
+
+def attention_weights(
+    q: jax.Array, k: jax.Array, mask: jax.Array | None = None, *, is_causal: bool = False
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(K)): [B, N, S, T] float32; rows sum to one, or are zero where nothing may be seen.
+
+    Args:
+        q: [B, S, N, K].
+        k: [B, T, N, K].
+        mask: [B|1, N|1, S|1, T] bool, True = keep; None keeps all.
+        is_causal: also hide what comes after each query.
+    """
+    logits = jnp.einsum("BSNK,BTNK->BNST", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    visible = combine_masks(mask, causal_mask(q.shape[1]) if is_causal else None)
+    if visible is None:
+        return jax.nn.softmax(logits, axis=-1)
+    # a finite fill: a row of -inf alone would become NaN, and so would its gradient
+    weights = jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1)
+    return jnp.where(visible, weights, 0.0)
+
+
+def weighted_sum(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns [B, S, N, K] in v's dtype: weights [B, N, S, T] applied to v [B, T, N, K]."""
+    return jnp.einsum("BNST,BTNK->BSNK", weights.astype(v.dtype), v)
+
+
+def _explicit(q, k, v, mask, is_causal, platform):
+    return weighted_sum(attention_weights(q, k, mask, is_causal=is_causal), v)
+
+
+def _library(implementation: str) -> Callable[..., jax.Array]:
+    def attention(q, k, v, mask, is_causal, platform):
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=is_causal, implementation=implementation
+        )
+        return out if mask is None else _zero_blind_queries(out, mask, is_causal)
+
+    return attention
+
+
+def _zero_blind_queries(out: jax.Array, mask: jax.Array, is_causal: bool) -> jax.Array:
+    visible = combine_masks(mask, causal_mask(out.shape[1]) if is_causal else None)
+    sees = visible.any(-1, keepdims=True)  # [B|1, N|1, S|1, 1]
+    return jnp.where(sees.transpose(0, 2, 1, 3), out, 0)
+
+
+def _splash(q, k, v, mask, is_causal, platform):
+    if mask is not None:
+        raise ValueError('attention implementation "splash" takes no mask, choose "auto" or "xla"')
+
+    def attention(q, k, v):
+        return splash_attention(q, k, v, is_causal=is_causal, interpret=platform != "tpu")
+
+    mesh_shape = _ambient_mesh_shape()
+    if mesh_shape is None:
+        return attention(q, k, v)
+    batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh_shape)
+    spec = P(batch_axes, None, HEAD_AXIS if HEAD_AXIS in mesh_shape else None)
+    # check_vma=False: the kernel's outputs carry no record of the axes they vary over
+    return jax.shard_map(
+        attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+    )(q, k, v)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _library("xla"),
+    "cudnn": _library("cudnn"),
+    "splash": _splash,
+    "explicit": _explicit,
+}
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    implementation: str = "auto",
+    platform: str | None = None,
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(K)) v: [B, S, N, K] in the dtype of q.
+
+    Args:
+        q: [B, S, N, K].
+        k: [B, T, N, K].
+        v: [B, T, N, K].
+        mask: [B|1, N|1, S|1, T] bool, True = keep; None keeps all.
+        is_causal: also hide what comes after each query; S must equal T.
+        implementation: "auto" or a key of IMPLEMENTATIONS.
+        platform: what the program will run on; None asks `current_platform`. Give it when compiling for another machine.
+
+    Raises:
+        ValueError: if shapes disagree, the implementation is unknown or cannot take the mask.
+    """
+    check_shapes("B S N K; B T N K; B T N K; _ _ _ T", q, k, v, mask)
+    if is_causal and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}"
+        )
+    platform = platform or current_platform()
+    if implementation == "auto":
+        implementation = choose_implementation(
+            platform,
+            q.dtype,
+            q.shape,
+            k.shape,
+            has_mask=mask is not None,
+            mesh_shape=_ambient_mesh_shape(),
+            num_devices=jax.device_count(),
+        )
+    function = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
+    return function(q, k, v, mask, is_causal, platform)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with parameters q, k, v [D, N, K] and o [N, K, D], all with bias.
+
+    Asked for the collection "intermediates" (`apply(..., mutable=["intermediates"])`), it sows "attention_weights"
+    [B, N, S, T] float32 and computes its output from them; inside a scanned encoder they get a leading layer axis.
+
+    Attributes:
+        num_heads: N; must divide the width.
+        implementation: "auto" or a key of IMPLEMENTATIONS.
+        dtype: of the matmuls; parameters are float32.
+        in_init: initialiser of the q, k, v kernels.
+        out_init: initialiser of o's kernel.
+    """
+
+    num_heads: int
+    implementation: str = "auto"
+    dtype: str = "float32"
+    in_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    out_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        """Returns [B, S, D].
+
+        Args:
+            x: [B, S, D], where the queries come from.
+            context: [B, T, D'], where keys and values come from; None takes `x` (self-attention).
+            mask: [B|1, N|1, S|1, T] bool, True = keep.
+            is_causal: also hide what comes after each query.
+        """
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide the width, got width {width} and {self.num_heads} heads"
+            )
+        context = x if context is None else context
+        head = dict(features=(self.num_heads, width // self.num_heads), dtype=self.dtype)
+        q = nn.DenseGeneral(name="q", kernel_init=self.in_init, **head)(x)  # [B, S, N, K]
+        k = nn.DenseGeneral(name="k", kernel_init=self.in_init, **head)(context)  # [B, T, N, K]
+        v = nn.DenseGeneral(name="v", kernel_init=self.in_init, **head)(context)  # [B, T, N, K]
+        if self.is_mutable_collection("intermediates"):
+            weights = attention_weights(q, k, mask, is_causal=is_causal)
+            self.sow("intermediates", "attention_weights", weights)
+            out = weighted_sum(weights, v)
+        else:
+            out = attend(
+                q, k, v, mask=mask, is_causal=is_causal, implementation=self.implementation
+            )
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="o"
+        )(out)  # [B, S, D]

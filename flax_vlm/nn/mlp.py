@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer's MLP and the activations that tell its families apart.
+
+jax.nn.gelu is the tanh approximation by default and torch's is erf; the name here always says which. Largest difference
+on [-6, 6]: erf against tanh 4.7e-4, erf against quick 2.0e-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+
+from flax_vlm.build import lookup
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # big_vision, SigLIP
+    "gelu_erf": lambda x: jax.nn.gelu(x, approximate=False),  # Hugging Face ViT, open_clip
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+}
+
+
+class Mlp(nn.Module):
+    """fc2(activation(fc1(x))), with dropout after the activation.
+
+    Attributes:
+        mlp_dim: M, the hidden width.
+        activation: a key of ACTIVATIONS.
+        dropout: rate.
+        dtype: of the matmuls; parameters are float32.
+        in_init: initialiser of fc1's kernel.
+        out_init: initialiser of fc2's kernel.
+        bias_init: initialiser of both biases.
+    """
+
+    mlp_dim: int
+    activation: str = "gelu_tanh"
+    dropout: float = 0.0
+    dtype: str = "float32"
+    in_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    out_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.normal(1e-6)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Returns [..., D] for x [..., D]."""
+        width = x.shape[-1]
+        activation = lookup(ACTIVATIONS, self.activation, "activation")
+        dense = dict(bias_init=self.bias_init, dtype=self.dtype)
+        x = nn.Dense(self.mlp_dim, kernel_init=self.in_init, name="fc1", **dense)(x)  # [..., M]
+        x = nn.Dropout(self.dropout)(activation(x), deterministic=deterministic)
+        return nn.Dense(width, kernel_init=self.out_init, name="fc2", **dense)(x)  # [..., D]
