@@ -23,10 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_vlm import batch as contract
 from flax_vlm.build import lookup
-from flax_vlm.objectives.base import Extras, Params, PredictFn
 
 if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset, Preprocess
+    from flax_vlm.objectives.base import Extras, Params, PredictFn
 
 # The batch keys that a prediction reads; a name that is not listed here gets all keys. It saves the
 # transfer, and lets a batch of prompts and a batch of examples share one compiled text encoder.
@@ -112,7 +112,7 @@ class Predictor:
         if self.shard[1] == 1:
             return dict(batch)
         return {
-            key: self._run("gather", lambda params, extras, b: b["rows"], {"rows": rows})
+            key: self._run("(gather)", lambda params, extras, b: b["rows"], {"rows": rows})
             for key, rows in batch.items()
         }
 
@@ -151,12 +151,14 @@ class Predictor:
         if self.batch_sharding is None:
             return jax.device_put(batch)
         count = self.shard[1]
-        return {
-            key: jax.make_array_from_process_local_data(
-                self.batch_sharding, x, (len(x) * count, *x.shape[1:])
-            )
-            for key, x in batch.items()
-        }
+        # with several processes jax takes this explicit transfer for an implicit one
+        with jax.transfer_guard_host_to_device("allow"):
+            return {
+                key: jax.make_array_from_process_local_data(
+                    self.batch_sharding, x, (len(x) * count, *x.shape[1:])
+                )
+                for key, x in batch.items()
+            }
 
     def _replicated(self) -> NamedSharding | None:
         if self.batch_sharding is None:
@@ -176,9 +178,9 @@ def predict_all(
         batch_size: of the global batch; a multiple of the number of slices. Changes no result.
 
     Returns:
-        {name: [n, ...]} for every name; "index" [n] int64, the positions in `dataset.source`; "label"
-        and "text_id" [n] int32 where the batches have them. Padding and unreadable examples are left
-        out.
+        {name: [n, ...]} for every name; "index" [n] int64, the positions in `dataset.source`;
+        "label" and "text_id" [n] int32 where the batches have them. Padding and unreadable examples
+        are left out.
 
     Raises:
         ValueError: if no example can be read, or the batch size cannot be split over the processes.

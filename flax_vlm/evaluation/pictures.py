@@ -227,10 +227,9 @@ def _frame(axes: Axes, color: str, width: float) -> None:
 
 
 def _below(axes: Axes, points: float, text: str, color: str, size: float) -> None:
-    axes.annotate(
-        text, (0.5, 0), (0, -points), xycoords="axes fraction", textcoords="offset points",
-        ha="center", va="top", color=color, fontsize=size, parse_math=False,
-    )  # fmt: skip
+    where = dict(xycoords="axes fraction", textcoords="offset points", ha="center", va="top")
+    style = dict(color=color, fontsize=size, parse_math=False)
+    axes.annotate(text, (0.5, 0), (0, -points), **where, **style)
 
 
 def _short(text: str, width: int = 15) -> str:
@@ -245,15 +244,8 @@ def _wrap(text: str, width: int) -> str:
 def _write_values(axes: Axes, values: np.ndarray, heat: Any) -> None:
     for (y, x), value in np.ndenumerate(values):
         color = "white" if heat.norm(value) > 0.6 else INK
-        axes.text(
-            x,
-            y,
-            f"{value:.2f}".replace("-", "−"),
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color=color,
-        )
+        number = f"{value:.2f}".replace("-", "−")
+        axes.text(x, y, number, ha="center", va="center", fontsize=7.5, color=color)
 
 
 def _color_bar(figure: Figure, heat: Any, *box: float) -> None:
@@ -279,14 +271,15 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _draw_loss(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+    finite = np.isfinite(loss)
+    steps, loss = steps[finite], loss[finite]
     window = len(loss) // 25
     raw = dict(alpha=0.28, linewidth=0.9) if window > 1 else dict(linewidth=1.8)
     axes.plot(steps, loss, color=LINES[0], **raw)
     if window > 1:
         axes.plot(steps, _smooth(loss, window), color=LINES[0], linewidth=1.8)
-    finite = loss[np.isfinite(loss)]
     # a fall over more than a factor of ten would hide the end of training on a linear axis
-    if len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min():
+    if len(loss) and loss.min() > 0 and loss.max() > 10 * loss.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention: the one place that decides which kernel computes softmax(q k^T / sqrt(K)) v, and the multi-head layer.
+"""Attention: the one place that decides which kernel computes it, and the multi-head layer.
 
     "xla"       jax.nn.dot_product_attention; everywhere, every mask
     "cudnn"     cuDNN flash attention; NVIDIA, bfloat16 and float16
-    "splash"    Pallas splash attention; TPU, long sequences without a mask or causal (interpreted on other platforms)
-    "explicit"  two einsums and a softmax one can read; the reference, and what attention maps are taken from
+    "splash"    Pallas splash attention; TPU, long sequences without a mask or causal (interpreted
+                on other platforms)
+    "explicit"  two einsums and a softmax one can read; the reference, and what attention maps are
+                taken from
 
-All of them take the softmax in float32, and a query that may attend to nothing gets zeros, never NaN.
+All of them take the softmax in float32, and a query that may attend to nothing gets zeros, never
+NaN.
 
-Paper: Vaswani et al. 2017, arXiv:1706.03762, section 3.2. The order of preference is not measured by this project on GPU
-or TPU; it follows what the kernels support and that XLA's own attention is good at ViT's usual 196 to 256 tokens on TPU.
+Paper: Vaswani et al. 2017, arXiv:1706.03762, section 3.2. The order of preference is not measured
+by this project on GPU or TPU; it follows what the kernels support and that XLA's own attention is
+good at ViT's usual 196 to 256 tokens on TPU.
 """
 
 from __future__ import annotations
@@ -93,7 +97,9 @@ def _ambient_mesh_shape() -> Mapping[str, int] | None:
 def attention_weights(
     q: jax.Array, k: jax.Array, mask: jax.Array | None = None, *, is_causal: bool = False
 ) -> jax.Array:
-    """Returns softmax(q k^T / sqrt(K)): [B, N, S, T] float32; rows sum to one, or are zero where nothing may be seen.
+    """Returns softmax(q k^T / sqrt(K)): [B, N, S, T] float32.
+
+    Rows sum to one; the row of a query that may see nothing is zero.
 
     Args:
         q: [B, S, N, K].
@@ -149,9 +155,9 @@ def _splash(q, k, v, mask, is_causal, platform):
     batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh_shape)
     spec = P(batch_axes, None, HEAD_AXIS if HEAD_AXIS in mesh_shape else None)
     # check_vma=False: the kernel's outputs carry no record of the axes they vary over
-    return jax.shard_map(
-        attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
-    )(q, k, v)
+    return jax.shard_map(attention, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(
+        q, k, v
+    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -181,7 +187,8 @@ def attend(
         mask: [B|1, N|1, S|1, T] bool, True = keep; None keeps all.
         is_causal: also hide what comes after each query; S must equal T.
         implementation: "auto" or a key of IMPLEMENTATIONS.
-        platform: what the program will run on; None asks `current_platform`. Give it when compiling for another machine.
+        platform: what the program will run on; None asks `current_platform`. Give it when compiling
+            for another machine.
 
     Raises:
         ValueError: if shapes disagree, the implementation is unknown or cannot take the mask.
@@ -209,8 +216,10 @@ def attend(
 class MultiHeadAttention(nn.Module):
     """Multi-head attention with parameters q, k, v [D, N, K] and o [N, K, D], all with bias.
 
-    Asked for the collection "intermediates" (`apply(..., mutable=["intermediates"])`), it sows "attention_weights"
-    [B, N, S, T] float32 and computes its output from them; inside a scanned encoder they get a leading layer axis.
+    Asked for the collection "intermediates" (`apply(..., mutable=["intermediates"])`), it sows
+    "attention_weights"
+    [B, N, S, T] float32 and computes its output from them; inside a scanned encoder they get a
+    leading layer axis.
 
     Attributes:
         num_heads: N; must divide the width.

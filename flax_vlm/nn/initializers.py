@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initialisers of the transformers, one scheme per family of papers.
 
-    "vit"         big_vision `models/vit.py` and `text_transformer.py` (ViT, SigLIP): xavier uniform for attention and MLP,
-                  MLP biases N(0, 1e-6^2), positions and token embedding N(0, 1/D), class token 0, patches and head lecun normal.
-    "clip_image"  CLIP's vision tower: class token, positions and projection N(0, 1/D); the rest is torch's default:
-                  fused qkv xavier uniform, other kernels U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-    "clip_text"   CLIP's text tower: embedding N(0, 0.02^2), positions N(0, 0.01^2), qkv N(0, 1/D), attention output and MLP output
-                  N(0, 1/(2 D depth)), MLP input N(0, 1/(2 D)), projection N(0, 1/D).
+    "vit"         big_vision `models/vit.py` and `text_transformer.py` (ViT, SigLIP): xavier uniform
+                  for attention and MLP, MLP biases N(0, 1e-6^2), positions and token embedding N(0,
+                  1/D), class token 0, patches and head lecun normal.
+    "clip_image"  CLIP's vision tower: class token, positions and projection N(0, 1/D); the rest is
+                  torch's default: fused qkv xavier uniform, other kernels U(-1/sqrt(fan_in),
+                  1/sqrt(fan_in)).
+    "clip_text"   CLIP's text tower: embedding N(0, 0.02^2), positions N(0, 0.01^2), qkv N(0, 1/D),
+                  attention output and MLP output N(0, 1/(2 D depth)), MLP input N(0, 1/(2 D)),
+                  projection N(0, 1/D).
 
-Differs from CLIP: MLP biases start at 0 where torch draws them from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+Differs from CLIP: MLP biases start at 0 where torch draws them from U(-1/sqrt(fan_in),
+1/sqrt(fan_in)).
 Sources: big_vision 0127fb6; open_clip 89fb801 `transformer.py` (the same as openai/CLIP).
 """
 

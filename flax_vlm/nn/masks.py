@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks: boolean, True = may be attended to, shaped [B|1, N|1, S|1, T] so that they broadcast over the logits."""
+"""Attention masks: boolean, True = may be seen, [B|1, N|1, S|1, T] to broadcast over logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def padding_mask(keep: jax.Array) -> jax.Array:
 
 
 def combine_masks(*masks: jax.Array | None) -> jax.Array | None:
-    """Returns the conjunction of the masks that are not None; None (everything is seen) if all are."""
+    """Returns the conjunction of the masks that are not None; None if there is none."""
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None

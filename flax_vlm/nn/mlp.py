@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer's MLP and the activations that tell its families apart.
 
-jax.nn.gelu is the tanh approximation by default and torch's is erf; the name here always says which. Largest difference
-on [-6, 6]: erf against tanh 4.7e-4, erf against quick 2.0e-2.
+jax.nn.gelu is the tanh approximation by default and torch's is erf; the name here always says
+which. Largest difference on [-6, 6]: erf against tanh 4.7e-4, erf against quick 2.0e-2.
 """
 
 from __future__ import annotations

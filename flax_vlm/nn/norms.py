@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm (Ba et al. 2016, arXiv:1607.06450) and the L2 normalisation of embeddings, both in float32.
+"""LayerNorm (Ba et al. 2016, arXiv:1607.06450) and L2 normalisation, both in float32.
 
-Differs from flax.linen.LayerNorm: the variance is E[(x - mean)^2], never E[x^2] - mean^2, which loses all digits at the
-large activations of real checkpoints; epsilon has no default, because it belongs to the checkpoint (ViT 1e-12 in
-Hugging Face files, CLIP 1e-5, SigLIP 1e-6).
+Differs from flax.linen.LayerNorm: the variance is E[(x - mean)^2], never E[x^2] - mean^2, which
+loses all digits at the large activations of real checkpoints; epsilon has no default, because it
+belongs to the checkpoint (ViT 1e-12 in Hugging Face files, CLIP 1e-5, SigLIP 1e-6).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [..., D] in the dtype of `x`; statistics, scale and bias are applied in float32."""
+        """Returns [..., D] in the dtype of `x`, computed in float32."""
         shape = (1,) * (x.ndim - 1) + x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
@@ -44,10 +44,11 @@ def l2_normalize(x: jax.Array, epsilon: float = 1e-8) -> jax.Array:
         x: [..., E], any float dtype.
         epsilon: added to the norm, not to its square.
 
-    Source: big_vision `models/proj/image_text/two_towers.py` (epsilon 1e-8); CLIP divides by the bare norm, which for
-    embeddings of ordinary size is the same float32 number.
+    Source: big_vision `models/proj/image_text/two_towers.py` (epsilon 1e-8); CLIP divides by the
+    bare norm, which for embeddings of ordinary size is the same float32 number.
     """
     x = x.astype(jnp.float32)
-    # the gradient of sqrt at 0 is infinite: the floor is far below any square that epsilon lets through
+    # the gradient of sqrt at 0 is infinite: the floor is far below any square that epsilon lets
+    # through
     norm = jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-30))
     return x / (norm + epsilon)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splash attention for TPU: a flash kernel in Pallas that never writes the [S, T] scores to memory.
 
-Wraps jax.experimental.pallas.ops.tpu.splash_attention, which wants [N, S, K], scaled queries and lengths in blocks of 128:
-sequences are padded here, and segment ids keep the padding apart. Paper: Dao et al. 2022, arXiv:2205.14135.
+Wraps jax.experimental.pallas.ops.tpu.splash_attention, which wants [N, S, K], scaled queries and
+lengths in blocks of 128: sequences are padded here, and segment ids keep the padding apart. Paper:
+Dao et al. 2022, arXiv:2205.14135.
 """
 
 from __future__ import annotations

@@ -116,38 +116,55 @@ class Checkpoints:
         )
 
 
-def load_params(directory: pathlib.Path, *, prefer_ema: bool = True) -> tuple[Any, int]:
-    """Returns (parameters of the last checkpoint as host arrays, its step).
+def load_params(
+    directory: pathlib.Path, shardings: Any = None, *, prefer_ema: bool = True
+) -> tuple[Any, Any, int]:
+    """Returns (parameters, extras, step) of the last checkpoint, without the optimizer's state.
 
     Args:
         directory: the `checkpoints` folder of a workdir.
+        shardings: tree of NamedShardings of the parameters; None puts all on the first device.
         prefer_ema: take the moving average of parameters where the run kept one.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint.
+        CheckpointError: if there is no complete checkpoint, or it has other parameters.
     """
     directory = pathlib.Path(directory).absolute()
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory} must hold a complete checkpoint, found none")
-        metadata = manager.item_metadata(step).tree
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {key: metadata[key] for key in ("params", "ema") if metadata.get(key)}
-        item = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), wanted)
+        stored = manager.item_metadata(step).tree
+        places = trees.named_leaves(shardings) if shardings is not None else {}
+        _check_same_parameters(places, trees.named_leaves(stored["params"]), directory / str(step))
+
+        def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = places.get(path.split("/", 1)[-1], first)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        keys = ("params", "ema", "extras")
+        item = trees.map_with_path(target, {key: stored[key] for key in keys if stored.get(key)})
+        arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restored = manager.restore(
             step,
-            args=ocp.args.PyTreeRestore(
-                item=item,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            ),
+            args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
         )
     params = restored["params"]
     if prefer_ema and "ema" in restored:
         averaged = trees.named_leaves(restored["ema"])
         params = trees.map_with_path(lambda path, leaf: averaged.get(path, leaf), params)
-    return params, step
+    return params, restored.get("extras", {}), step
+
+
+def _check_same_parameters(wanted: Any, stored: Any, where: pathlib.Path) -> None:
+    missing = sorted(wanted.keys() - stored.keys())
+    surplus = sorted(stored.keys() - wanted.keys())
+    if wanted and (missing or surplus):
+        raise CheckpointError(
+            f"{where} must hold the parameters of the model; it lacks {missing} and has {surplus} "
+            f"beside; use the config that it was trained with"
+        )
 
 
 def _plain(state: Any) -> dict[str, Any]:

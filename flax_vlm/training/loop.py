@@ -36,12 +36,12 @@ class Evaluation:
     """Something to run now and then.
 
     Attributes:
+        run: (state, step) -> None; writes what it finds itself.
         every: steps between two runs; 0 = only after the last step.
-        run: (state, step) -> what to log.
     """
 
-    every: int
-    run: Callable[[TrainState, int], Mapping[str, float]]
+    run: Callable[[TrainState, int], None]
+    every: int = 0
 
     def is_due(self, step: int, last: int) -> bool:
         """Returns whether to run after `step`."""
@@ -102,12 +102,12 @@ class Loop:
             disable=not (self.show_progress and jax.process_index() == 0),
             mininterval=0.5,
         )
-        step = start
+        self.last_step = step = start
         try:
             with bar, Preemption() as preemption, jax.transfer_guard("disallow"):
                 while step < self.steps:
                     state = self._one_step(state, batches, step + 1, bar)
-                    step += 1
+                    self.last_step = step = step + 1
                     self._periodic(state, step)
                     if step < self.steps and preemption.reached(step):
                         break

@@ -25,6 +25,9 @@ class Writer(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records one row."""
 
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the results of an evaluation, which eval/<step>.json holds already."""
+
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         """Records a PNG file."""
 
@@ -50,6 +53,9 @@ class JsonlWriter:
         """Appends {"step": step, **values}; floats are written with all their digits."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Does nothing: a second row of the same step would not be a row per step."""
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         """Does nothing: the picture is in the workdir already."""
@@ -88,6 +94,10 @@ class TensorBoardWriter:
         """Records scalars."""
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars."""
+        self.scalars(step, values)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         """Records a PNG file."""
@@ -132,6 +142,10 @@ class WandbWriter:
         """Records scalars."""
         self._run.log(dict(values), step=step)
 
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars."""
+        self.scalars(step, values)
+
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         """Records a PNG file."""
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
@@ -154,6 +168,11 @@ class Writers:
         """Records one row everywhere."""
         for writer in self._writers:
             writer.scalars(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records the results of an evaluation everywhere."""
+        for writer in self._writers:
+            writer.evaluation(step, values)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
         """Records a PNG file everywhere."""

@@ -59,8 +59,8 @@ class NonFiniteGuard:
         if self.policy == "stop":
             raise NonFiniteError(
                 f"step {step}: {where} are not finite; the parameters are those of step "
-                f"{step - 1}. Lower the learning rate, clip gradients (optimizer.grad_clip), or set "
-                f"nonfinite='skip' to leave such steps out"
+                f"{step - 1}. Lower the learning rate, clip gradients (optimizer.grad_clip), or "
+                f"set nonfinite='skip' to leave such steps out"
             )
         if self._consecutive > self.max_consecutive:
             raise NonFiniteError(

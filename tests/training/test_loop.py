@@ -96,7 +96,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path):
 
 def test_sigterm_saves_the_step_and_stops(tmp_path):
     run = Run(tmp_path)
-    stop = Evaluation(3, lambda state, step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    stop = Evaluation(lambda state, step: step == 3 and os.kill(os.getpid(), signal.SIGTERM), 3)
     state, done = run.go(12, [stop])
     assert not done and state.step == 3
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is given back"
@@ -133,8 +133,8 @@ def test_too_many_bad_steps_in_a_row_stop_even_when_skipping(tmp_path):
 def test_evaluations_run_when_due_and_after_the_last_step(tmp_path):
     seen = []
     run = Run(tmp_path)
-    run.go(7, [Evaluation(3, lambda s, i: seen.append(("often", i)) or {}),
-               Evaluation(0, lambda s, i: seen.append(("end", i)) or {})])  # fmt: skip
+    often = Evaluation(lambda state, step: seen.append(("often", step)), every=3)
+    run.go(7, [often, Evaluation(lambda state, step: seen.append(("end", step)))])
     assert seen == [("often", 3), ("often", 6), ("often", 7), ("end", 7)]
 
 
@@ -147,9 +147,13 @@ def test_old_checkpoints_are_removed_and_the_rest_can_be_kept_by_period(tmp_path
 
 def test_parameters_load_without_the_optimizer_and_prefer_the_moving_average(tmp_path):
     state, _ = Run(tmp_path, ema=0.5).go(5)
-    params, step = load_params(tmp_path / "checkpoints")
-    assert step == 5 and not trees.differences(params, jax.device_get(state.ema))
-    raw, _ = load_params(tmp_path / "checkpoints", prefer_ema=False)
+    params, extras, step = load_params(tmp_path / "checkpoints")
+    assert (
+        step == 5
+        and extras["seen"] == 30
+        and not trees.differences(params, jax.device_get(state.ema))
+    )
+    raw, _, _ = load_params(tmp_path / "checkpoints", prefer_ema=False)
     assert not trees.differences(raw, jax.device_get(state.params))
 
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all recipes share: every key, with the value that means "as usual"."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def defaults() -> ConfigDict:
+    """Returns a config with every key that a recipe may set."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of initialisation, data order, augmentation and dropout
+            "steps": 1000,  # optimizer steps
+            "batch_size": 256,  # global, in examples
+            "micro_batches": 1,  # accumulation; a gradient cache for contrastive objectives
+            "ema_decay": 0.0,  # of the parameters that are evaluated; 0 = off
+            "nonfinite": "stop",  # or "skip": leave steps with a NaN out
+            "log_every": 10,
+            "init_from": "",  # a workdir whose parameters are the start
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()},  # -1 = all other devices
+            "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
+            "data": {
+                "name": "",  # digits, shapes, tfds:NAME, folder:PATH, jsonl:PATH, csv:PATH
+                "split": "train",
+                "dir": "",  # where datasets lie; "" = $FLAX_VLM_DATA_DIR or the user's cache
+                "options": ConfigDict(),  # arguments of the source, e.g. names of columns
+                "workers": 0,  # processes that decode; 0 = threads of this one
+                "image_size": 224,  # pixels, or (height, width)
+                "train_ops": (),  # image operations, data/images.py
+                "eval_ops": (),
+                "max_broken_share": 0.01,  # of images that may be unreadable before the run stops
+                "text": {
+                    "tokenizer": "bpe",  # bpe, byte, or file with `path` of a tokenizer.json
+                    "path": "",
+                    "vocab_size": 512,
+                    "length": 64,
+                    "lower": True,
+                    "bos": False,
+                },
+            },
+            "model": ConfigDict(),  # name and arguments, flax_vlm/models
+            "objective": ConfigDict(),  # name and arguments, flax_vlm/objectives
+            "optimizer": ConfigDict(),  # name, lr, rules, flax_vlm/training/optimizers.py
+            "evals": ConfigDict(),  # name -> {name, data, every, ...}, flax_vlm/evaluation
+            "profile": {"first": 0, "last": 0},  # steps to trace; 0, 0 = none
+            "wandb": ConfigDict(),  # arguments of wandb.init; empty = off
+        }
+    )
+
+
+def sealed(config: ConfigDict) -> ConfigDict:
+    """Returns the config locked: from here on a new key is an error."""
+    return config.lock()

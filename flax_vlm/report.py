@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What train.py and eval.py print: the plan of a run before it starts, and its result."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+from flax_vlm import trees
+from flax_vlm.experiment import Experiment
+from flax_vlm.models.published import parameter_counts
+from flax_vlm.training import sharding
+
+
+def dry_run(experiment: Experiment) -> str:
+    """Returns config, parameters, mesh, sharding of the largest tensors, and published sizes."""
+    state = experiment.shapes
+    trained, frozen = experiment.optimizer.split(state.params)
+    parts = {"trained": trained, "frozen": frozen, "optimizer": state.opt_state, "ema": state.ema}
+    sizes = [
+        f"{name:>12}: {trees.num_parameters(tree):>14,} {trees.num_bytes(tree) / 1e9:8.3f} GB"
+        for name, tree in parts.items()
+        if trees.num_parameters(tree)
+    ]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
+    gflops = experiment.flops_per_example() / 1e9
+    sections = {
+        "config": json.dumps(experiment.config, indent=2),
+        "parameters": parameter_table(state.params, experiment.optimizer.freeze),
+        "sizes": "\n".join(sizes),
+        "mesh": f"{mesh} ({experiment.mesh.size} devices)",
+        "largest tensors": sharding.describe_shardings(state.params, experiment.shardings.params),
+        "compute": f"{gflops:,.3f} GFLOP per training example",
+        "published sizes": published_table(),
+    }
+    return "\n\n".join(f"== {title} ==\n{text}" for title, text in sections.items())
+
+
+def parameter_table(params: Mapping, freeze: tuple[str, ...] = ()) -> str:
+    """Returns one line per tensor, path, shape and size, and the total."""
+    rows = [
+        (path, str(tuple(x.shape)), trees.num_parameters([x]), trees.matches(freeze, path))
+        for path, x in trees.named_leaves(params).items()
+    ]
+    width = max(len(path) for path, *_ in rows)
+    lines = [
+        f"{path:<{width}}  {shape:<24}{count:>14,}{'  frozen' if frozen else ''}"
+        for path, shape, count, frozen in rows
+    ]
+    total = sum(count for *_, count, _ in rows)
+    return "\n".join([*lines, f"{'total':<{width}}  {'':<24}{total:>14,}"])
+
+
+def published_table() -> str:
+    """Returns our parameter count of every variant beside the published one."""
+    lines = [f"{'model':<34}{'here':>16}{'published':>16}  source"]
+    for row in parameter_counts():
+        lines.append(f"{row.name:<34}{row.ours:>16,}{row.published:>16,}  {row.source}")
+    return "\n".join(lines)
+
+
+def finished(workdir: pathlib.Path) -> str:
+    """Returns the last results of a workdir, where its pictures are, and how to load it."""
+    files = sorted((workdir / "eval").glob("*.json"), key=lambda file: int(file.stem))
+    lines = []
+    if files:
+        lines.append(f"results after step {files[-1].stem} ({files[-1]}):")
+        for name, value in json.loads(files[-1].read_text()).items():
+            lines.append(f"  {name:<32}{value:.4f}")
+        pictures = sorted((workdir / "eval" / files[-1].stem).glob("*.png"))
+        lines += ["pictures:", *(f"  {path}" for path in pictures)]
+    curve = workdir / "training_curve.png"
+    if curve.exists():
+        lines.append(f"  {curve}")
+    lines += ["load it:", f"  python -c \"import flax_vlm; vlm = flax_vlm.load('{workdir}')\""]
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed. Settings of ruff, pytest and the build stand beside it in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "flax_vlm/__init__.py").read_text()).group(1)
+
+setup(
+    name="flax_vlm",
+    version=VERSION,
+    description="Vision-language models in JAX, from one CPU to a TPU pod with the same config",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["flax_vlm", "flax_vlm.*"]),
+    package_data={"flax_vlm": ["**/*.json"]},
+    install_requires=[
+        "absl-py",
+        "array-record",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "scikit-learn",  # ships the handwritten digits
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",  # used through data_source: TensorFlow is not installed
+        "tokenizers>=0.21",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "notebooks": ["ipykernel", "jupyterlab", "nbclient", "nbformat"],
+        "test": [
+            "ipykernel",
+            "nbclient",
+            "nbformat",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff>=0.12",
+        ],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "wandb": ["wandb"],
+    },
+)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains what a config describes: `python train.py --config configs/NAME.py --workdir DIR`.
+
+Starting the same command again resumes. `--config.key=value` changes a value, `--dry-run` shows
+what would run. Exit codes: 0 done; 75 told to stop (SIGTERM), state saved, start again to go on;
+1 an error that the message explains or wrong flags.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from flax_vlm.training import distributed
+
+config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
+flags.DEFINE_string("workdir", None, "Where everything is written; the same one resumes.")
+flags.DEFINE_bool("dry_run", False, "Print config, parameters, mesh and shardings, then stop.")
+flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
+flags.DEFINE_enum("distributed", "off", ["off", "auto", "explicit"], "Several processes.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, for --distributed=explicit.")
+flags.DEFINE_integer("num_processes", None, "For --distributed=explicit.")
+flags.DEFINE_integer("process_id", None, "For --distributed=explicit.")
+FLAGS = flags.FLAGS
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code."""
+    if FLAGS.config is None or (FLAGS.workdir is None and not FLAGS.dry_run):
+        raise app.UsageError("--config and --workdir are needed (or --config and --dry-run)")
+    distributed.start_processes(
+        FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    )
+    from flax_vlm import experiment  # after the processes have met: this starts jax
+
+    try:
+        return start(experiment.build(FLAGS.config))
+    except experiment.USER_ERRORS as error:
+        if FLAGS.traceback:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def start(run) -> int:
+    """Shows or trains an experiment and returns the exit code."""
+    from flax_vlm import report
+
+    if FLAGS.dry_run:
+        print(report.dry_run(run))
+        return 0
+    workdir = pathlib.Path(FLAGS.workdir).absolute()
+    state, done = run.train(workdir)
+    if not done:
+        print(f"stopped at step {int(state.step)} of {run.config['steps']}; start again to resume")
+        return distributed.EXIT_PREEMPTED
+    print(report.finished(workdir))
+    return 0
+
+
+if __name__ == "__main__":
+    # absl spells it --dry_run, people --dry-run
+    app.run(main, argv=[arg.replace("--dry-run", "--dry_run") for arg in sys.argv])
