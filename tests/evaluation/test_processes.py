@@ -2,6 +2,7 @@
 """Two real processes measure the same as one."""
 
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def run_workers(folder, tensor):
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), *arguments], cwd=here.parent.parent,
-            env={**__import__("os").environ, "PYTHONPATH": str(here.parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(here.parent.parent)},
         )
         for rank in range(2)
     ]  # fmt: skip

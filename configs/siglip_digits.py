@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small SigLIP on real handwritten digits: the quickstart.
+
+    python train.py --config configs/siglip_digits.py --workdir runs/siglip_digits
+
+Data: the 1,797 digits (8 x 8 pixels) that scikit-learn ships, 1,437 to train and 360 to test, with
+captions from templates. Model: two transformers of width 64.
+
+Result: MEASURED
+"""
+
+from configs.defaults import defaults, sealed
+
+TEMPLATES = ("a photo of the digit {}", "a handwritten {}", "the number {}")
+
+
+def get_config():
+    """Returns the recipe."""
+    config = defaults()
+    config.steps = 1500
+    config.batch_size = 128
+    config.log_every = 20
+    config.ema_decay = 0.99
+    config.checkpoint.every = 500
+    config.data.name = "digits"
+    config.data.image_size = 16
+    config.data.train_ops = (
+        {"name": "rotate", "degrees": 12},
+        {"name": "resize", "size": 16},
+        {"name": "random_crop", "size": 16, "pad": 2},
+    )
+    config.data.eval_ops = ({"name": "resize", "size": 16},)
+    config.data.text.length = 16
+    config.data.text.vocab_size = 384
+    tower = {"width": 64, "depth": 4, "mlp_dim": 256, "num_heads": 4}
+    config.model = {
+        "name": "siglip",
+        "embed_dim": 64,
+        "image": {"name": "vit", "image_size": 16, "patch_size": 4, "pool": "map", **tower},
+        "text": {"name": "text_encoder", "vocab_size": 384, "length": 16, **tower},
+    }
+    config.objective = {"name": "contrastive", "pair_loss": "sigmoid", "same_text": "positive"}
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 1e-3,
+        "b2": 0.95,
+        "weight_decay": 0.05,
+        "grad_clip": 1.0,
+        "schedule": {"name": "warmup_cosine", "warmup": 0.05},
+    }
+    config.evals = {
+        "zero_shot": {
+            "name": "zero_shot",
+            "every": 500,
+            "data": {"split": "test"},
+            "templates": TEMPLATES,
+        },
+        "retrieval": {"name": "retrieval", "data": {"split": "test"}},
+    }
+    return sealed(config)

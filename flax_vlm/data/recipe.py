@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the `data` node of a config to a tokenizer and a Preprocess; the hub and experiments share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax_vlm.build import build
+from flax_vlm.data.images import IMAGE_OPS, pair
+from flax_vlm.data.pipeline import Preprocess
+from flax_vlm.data.sources import Source
+from flax_vlm.data.text import Tokenizer, byte_level, train_bpe
+
+# Captions that a tokenizer is trained on, spread over the source.
+_MAX_CAPTIONS = 20_000
+
+
+def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> Tokenizer:
+    """Returns the tokenizer of a config.
+
+    Args:
+        text: `data.text`: tokenizer "bpe" (trained on the captions), "byte" or "file" (`path` of a
+            tokenizer.json); vocab_size, lower, bos.
+        source: opens the source of captions; called only where one is trained.
+
+    Raises:
+        ValueError: for an unknown tokenizer; lists the choices.
+    """
+
+    def bpe(vocab_size: int, lower: bool, bos: bool) -> Tokenizer:
+        examples = source()
+        stride = max(1, len(examples) // _MAX_CAPTIONS)
+        captions = (examples[i]["caption"] for i in range(0, len(examples), stride))
+        return train_bpe(captions, vocab_size=vocab_size, lower=lower, bos=bos, multiple=8)
+
+    def byte(vocab_size: int, lower: bool, bos: bool) -> Tokenizer:
+        return byte_level(lower=lower, bos=bos, multiple=8)
+
+    def file(path: str) -> Tokenizer:
+        return Tokenizer.load(path)
+
+    table = {"bpe": bpe, "byte": byte, "file": file}
+    keys = ("path",) if text["tokenizer"] == "file" else ("vocab_size", "lower", "bos")
+    spec = {"name": text["tokenizer"], **{key: text[key] for key in keys}}
+    return build(table, spec, "data.text.tokenizer")
+
+
+def build_preprocess(spec: Mapping[str, Any], tokenizer: Tokenizer, *, train: bool) -> Preprocess:
+    """Returns what turns an example into a row.
+
+    Args:
+        spec: the `data` node: image_size, train_ops, eval_ops, text.length.
+        tokenizer: of the captions.
+        train: with the operations of training (`train_ops`), or of evaluation (`eval_ops`).
+    """
+    ops = spec["train_ops" if train else "eval_ops"]
+    return Preprocess(
+        image_ops=tuple(build(IMAGE_OPS, op, "image op") for op in ops),
+        image_size=pair(spec["image_size"]),
+        tokenizer=tokenizer,
+        text_length=spec["text"]["length"],
+    )
