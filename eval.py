@@ -18,7 +18,10 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
     from flax_vlm import experiment, report
+    from flax_vlm.training import compilation_cache
     from flax_vlm.training import workdir as layout
+
+    compilation_cache.enable()
 
     folder = pathlib.Path(FLAGS.workdir).absolute()
     try:

@@ -12,7 +12,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from flax_vlm.training import distributed
+from flax_vlm.training import compilation_cache, distributed
 
 config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
 flags.DEFINE_string("workdir", None, "Where everything is written; the same one resumes.")
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     distributed.start_processes(
         FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
     )
+    compilation_cache.enable()
     from flax_vlm import experiment  # after the processes have met: this starts jax
 
     try:

@@ -36,7 +36,7 @@ def get_config(data: str = "folder:/data/pairs"):
         "name": "adamw",
         "lr": 1e-3,
         "b2": 0.95,
-        "weight_decay": 0.1,  # big_vision's 1e-4 is not multiplied by the learning rate: 1e-4 / 1e-3
+        "weight_decay": 0.1,  # the paper's 1e-4 is not multiplied by the lr: 1e-4 / 1e-3
         "grad_clip": 1.0,
         "mu_dtype": "bfloat16",
         "schedule": {"name": "warmup_cosine", "warmup": 10_000},

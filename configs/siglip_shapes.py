@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SigLIP on the shapes world: compositional captions, retrieval, and captions with swapped attributes.
+"""SigLIP on the shapes world: compositional captions, retrieval, swapped attributes.
 
     python train.py --config configs/siglip_shapes.py --workdir runs/siglip_shapes
 

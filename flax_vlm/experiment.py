@@ -143,11 +143,12 @@ class Experiment:
         """The tokenizer of the config, trained on the captions of the training split if need be."""
         spec = self.config["data"]
         tokenizer = data.build_tokenizer(spec["text"], lambda: self._source(spec))
-        vocab_size = self.config["model"].get("text", {}).get("vocab_size")
-        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        table = trees.named_leaves(self.shapes.params).get("text/embedding/embedding")
+        if table is not None and tokenizer.vocab_size > table.shape[0]:
             raise ValueError(
-                f"model.text.vocab_size must hold the tokenizer's {tokenizer.vocab_size} tokens, "
-                f"got {vocab_size}; raise it or lower data.text.vocab_size"
+                f"the model's text vocabulary must hold the {tokenizer.vocab_size} tokens of the "
+                f"tokenizer, got {table.shape[0]}; raise model.text.vocab_size or lower "
+                f"data.text.vocab_size"
             )
         return tokenizer
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the `data` node of a config to a tokenizer and a Preprocess; the hub and experiments share it."""
+"""From the `data` node of a config to a tokenizer and a Preprocess, for experiments and the hub."""
 
 from __future__ import annotations
 

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision Transformer: patches, positions, an encoder, a pooled vector, a projection or classes.
+
+Paper: Dosovitskiy et al. 2021, arXiv:2010.11929 (ViT); Zhai et al. 2022, arXiv:2106.04560 (sizes,
+MAP head).
+
+Differs from the paper: MLP biases, GELU kind and epsilon follow big_vision `models/vit.py`; the
+class token has a position of its own as in the paper, Hugging Face and CLIP, while big_vision adds
+positions before the class token is put in front
+(`class_position=False`); the classifier's head starts at zero.
+
+CLIP's tower is this module with `pre_norm`, no `patch_bias`, "quick_gelu" and a bias-free head;
+SigLIP's with pooling "map".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_vlm.build import build, lookup
+from flax_vlm.nn.initializers import INITS
+from flax_vlm.nn.norms import LayerNorm
+from flax_vlm.nn.patches import PatchEmbed, as_pair, drop_patches, grid_size, num_kept
+from flax_vlm.nn.pooling import MAPHead, pool_class_token, pool_mean
+from flax_vlm.nn.positions import sincos2d
+from flax_vlm.nn.transformer import Encoder
+
+
+def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int]:
+    return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
+
+
+# Source: big_vision `models/vit.py` at 0127fb6, decode_variant. Papers: Ti DeiT (arXiv:2012.12877),
+# S arXiv:2106.10270,
+# B L H ViT, g G arXiv:2106.04560 (table 2), e PaLI (arXiv:2209.06794), So400m arXiv:2305.13035,
+# g-opt SigLIP 2.
+VARIANTS: dict[str, dict[str, int]] = {
+    "mu": _size(32, 1, 128, 2),
+    "Ti": _size(192, 12, 768, 3),
+    "S": _size(384, 12, 1536, 6),
+    "M": _size(512, 12, 2048, 8),
+    "B": _size(768, 12, 3072, 12),
+    "L": _size(1024, 24, 4096, 16),
+    "So400m": _size(1152, 27, 4304, 16),
+    "H": _size(1280, 32, 5120, 16),
+    "g": _size(1408, 40, 6144, 16),
+    "g-opt": _size(1536, 40, 6144, 16),
+    "G": _size(1664, 48, 8192, 16),
+    "G-opt": _size(1536, 48, 8192, 16),
+    "e": _size(1792, 56, 15360, 16),
+}
+
+POOLINGS = ("cls", "gap", "map")
+POSITION_EMBEDDINGS = ("learned", "sincos2d")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisionOutput:
+    """What a vision encoder returns.
+
+    Attributes:
+        tokens: [B, T, D] after the final norm: the class token, if there is one, then the patches
+            in row-major order.
+        pooled: [B, D], or [B, E] where the encoder has a head.
+    """
+
+    tokens: jax.Array
+    pooled: jax.Array
+
+
+class VisionTransformer(nn.Module):
+    """An image encoder.
+
+        tokens = norm(blocks(ln_pre([cls + positions[0], patches(image) + positions[1:]])))
+
+    Attributes:
+        width: D.
+        depth: number of blocks.
+        mlp_dim: M.
+        num_heads: N.
+        patch_size: pixels, a number or (height, width).
+        image_size: pixels, a number or (height, width); every image must have it.
+        pooling: "cls" the class token, "gap" the mean of the patches, "map" an attention head over
+            all tokens.
+        class_token: put a learned token in front of the patches.
+        class_position: the class token has a learned position too (as in the paper, Hugging Face
+            and CLIP).
+        position_embedding: "learned", or "sincos2d", a fixed table without parameters (and zero for
+            the class token).
+        patch_bias: the patch embedding has a bias; not in CLIP.
+        drop_remainder: ignore border pixels that fill no patch; see patches.grid_size.
+        pre_norm: a norm `ln_pre` before the first block, as in CLIP.
+        activation: a key of mlp.ACTIVATIONS.
+        norm_eps: epsilon of every norm.
+        embed_dim: E of the head, a linear map of the pooled vector computed in float32; None has no
+            head.
+        head_bias: the head has a bias; not in CLIP.
+        patch_dropout: share of the patches dropped in training (FLIP); the class token always
+            stays.
+        dropout: rate in the encoder and on the embedded tokens.
+        init_scheme: a key of initializers.INITS.
+        dtype: of the matmuls, "float32" or "bfloat16"; parameters are float32.
+        remat: a key of transformer.REMAT_POLICIES.
+        unroll: layers per iteration of the scan.
+        attention_implementation: "auto" or a key of attention.IMPLEMENTATIONS.
+    """
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int | Sequence[int] = 16
+    image_size: int | Sequence[int] = 224
+    pooling: str = "cls"
+    class_token: bool = True
+    class_position: bool = True
+    position_embedding: str = "learned"
+    patch_bias: bool = True
+    drop_remainder: bool = False
+    pre_norm: bool = False
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+    embed_dim: int | None = None
+    head_bias: bool = True
+    patch_dropout: float = 0.0
+    dropout: float = 0.0
+    init_scheme: str = "vit"
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    attention_implementation: str = "auto"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return grid_size(self.image_size, self.patch_size, drop_remainder=self.drop_remainder)
+
+    def setup(self) -> None:
+        """Creates the parts; their names are the parameter paths."""
+        check_choices(self)
+        inits = lookup(INITS, self.init_scheme, "init_scheme")(self.width, self.depth)
+        self.patches = PatchEmbed(
+            self.width,
+            self.patch_size,
+            use_bias=self.patch_bias,
+            drop_remainder=self.drop_remainder,
+            dtype=self.dtype,
+            kernel_init=inits.patches,
+        )
+        if self.class_token:
+            self.cls = self.param("cls", inits.class_token, (1, self.width), jnp.float32)
+        if self.position_embedding == "learned":
+            length = self.grid[0] * self.grid[1] + int(self.class_token and self.class_position)
+            self.positions = self.param(
+                "positions", inits.positions, (length, self.width), jnp.float32
+            )
+        self.embedding_dropout = nn.Dropout(self.dropout)
+        if self.pre_norm:
+            self.ln_pre = LayerNorm(self.norm_eps)
+        self.encoder = Encoder(
+            self.depth,
+            self.num_heads,
+            self.mlp_dim,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            init_scheme=self.init_scheme,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            remat=self.remat,
+            unroll=self.unroll,
+            attention_implementation=self.attention_implementation,
+        )
+        if self.pooling == "map":
+            self.pool = MAPHead(
+                self.num_heads,
+                self.mlp_dim,
+                inits,
+                activation=self.activation,
+                norm_eps=self.norm_eps,
+                dtype=self.dtype,
+            )
+        if self.embed_dim is not None:
+            self.head = nn.Dense(
+                self.embed_dim,
+                use_bias=self.head_bias,
+                kernel_init=inits.head,
+                dtype=jnp.float32,
+            )
+
+    def __call__(self, image: jax.Array, *, train: bool = False) -> VisionOutput:
+        """Returns the tokens and the pooled vector.
+
+        Args:
+            image: [B, H, W, C] float32, normalised.
+            train: dropout ("dropout") and patch dropout ("patch_dropout") are on and need their
+                rngs.
+
+        Raises:
+            ValueError: if the image does not have the size that the encoder was built for.
+        """
+        output = self._encode(image, train=train)
+        if self.embed_dim is None:
+            return output
+        return VisionOutput(output.tokens, self.head(output.pooled))
+
+    def _encode(self, image: jax.Array, *, train: bool) -> VisionOutput:
+        self._check_image(image)
+        x = self._embed(image, train=train)  # [B, T, D]
+        x = self.embedding_dropout(x, deterministic=not train)
+        if self.pre_norm:
+            x = self.ln_pre(x)
+        tokens = self.encoder(x, deterministic=not train)
+        return VisionOutput(tokens, self._pool(tokens))
+
+    def _embed(self, image: jax.Array, *, train: bool) -> jax.Array:
+        x = self.patches(image)  # [B, P, D]
+        patch_positions, class_position = self._position_table()
+        x = x + patch_positions[None].astype(x.dtype)
+        keep = num_kept(x.shape[1], self.patch_dropout)
+        if train and keep < x.shape[1]:
+            x = drop_patches(x, self.make_rng("patch_dropout"), keep)
+        if self.class_token:
+            cls = (self.cls + class_position)[None].astype(x.dtype)  # [1, 1, D]
+            cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
+            x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + P, D]
+        return x
+
+    def _position_table(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the positions of the patches [P, D] and of the class token [1, D]."""
+        zero = jnp.zeros((1, self.width))
+        if self.position_embedding == "sincos2d":
+            return jnp.asarray(sincos2d(self.grid, self.width)), zero
+        if self.class_token and self.class_position:
+            return self.positions[1:], self.positions[:1]
+        return self.positions, zero
+
+    def _pool(self, tokens: jax.Array) -> jax.Array:
+        if self.pooling == "cls":
+            return pool_class_token(tokens)
+        if self.pooling == "gap":
+            return pool_mean(tokens, num_prefix=int(self.class_token))
+        return self.pool(tokens)
+
+    def _check_image(self, image: jax.Array) -> None:
+        height, width = as_pair(self.image_size)
+        if image.ndim != 4 or image.shape[1:3] != (height, width):
+            raise ValueError(
+                f"this encoder was built for images [B, {height}, {width}, C], "
+                f"got {tuple(image.shape)}; set image_size, or resize it in the data config"
+            )
+
+
+class ViTClassifier(VisionTransformer):
+    """A VisionTransformer with a linear layer `head` to classes.
+
+    The head starts at zero: every class is equally likely.
+
+    Attributes:
+        num_classes: number of classes.
+    """
+
+    num_classes: int = 1000
+
+    def setup(self) -> None:
+        """Creates the encoder's parts and the head."""
+        if self.embed_dim is not None:
+            raise ValueError(
+                f"a classifier has no embed_dim, got {self.embed_dim}; set num_classes"
+            )
+        super().setup()
+        self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
+
+    def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns logits [B, num_classes] float32.
+
+        Args:
+            image: [B, H, W, C] float32, normalised.
+            train: dropout and patch dropout are on.
+        """
+        return self.head(self._encode(image, train=train).pooled)
+
+    def encode(self, image: jax.Array, *, train: bool = False) -> VisionOutput:
+        """Returns the tokens and the pooled vector that the head sees.
+
+        Args:
+            image: [B, H, W, C] float32, normalised.
+            train: dropout and patch dropout are on.
+        """
+        return self._encode(image, train=train)
+
+
+def check_choices(model: VisionTransformer) -> None:
+    """Raises ValueError if the fields of a VisionTransformer contradict each other."""
+    if model.pooling not in POOLINGS:
+        raise ValueError(f"unknown pooling {model.pooling!r}, choose one of {list(POOLINGS)}")
+    if model.pooling == "cls" and not model.class_token:
+        raise ValueError('pooling "cls" needs class_token=True, got False; choose "gap" or "map"')
+    if model.position_embedding not in POSITION_EMBEDDINGS:
+        raise ValueError(
+            f"unknown position_embedding {model.position_embedding!r}, "
+            f"choose one of {list(POSITION_EMBEDDINGS)}"
+        )
+    num_kept(1, model.patch_dropout)
+    _ = model.grid
+
+
+def decode_variant(variant: str) -> dict[str, int]:
+    """Returns the fields that "B/16" stands for: width, depth, mlp_dim, num_heads, patch_size.
+
+    Without "/16" there is no patch_size.
+
+    Raises:
+        ValueError: if the size is not in VARIANTS or the patch size is not a number.
+    """
+    size, _, patch = variant.partition("/")
+    fields = dict(lookup(VARIANTS, size, "variant"))
+    if not patch:
+        return fields
+    if not patch.isdigit():
+        raise ValueError(f'a variant is a size and a patch size such as "B/16", got {variant!r}')
+    return {**fields, "patch_size": int(patch)}
+
+
+def build_vit(
+    variant: str | None = None,
+    *,
+    num_classes: int | None = None,
+    pool: str = "cls",
+    class_token: bool | None = None,
+    **fields: Any,
+) -> VisionTransformer:
+    """Returns a ViTClassifier if `num_classes` is given, a VisionTransformer if not.
+
+    Args:
+        variant: size and patch size, "B/16"; None takes width, depth, mlp_dim, num_heads and
+            patch_size from `fields`.
+        num_classes: number of classes.
+        pool: the field `pooling`.
+        class_token: None puts one in exactly where `pool` is "cls".
+        **fields: other fields of VisionTransformer; they win over the variant.
+
+    Raises:
+        ValueError: for an unknown field, a patch size that does not divide the image, or fields
+            that contradict each other.
+    """
+    given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
+    given |= decode_variant(variant) if variant is not None else {}
+    given |= fields
+    for key in ("image_size", "patch_size"):  # lists from JSON: fields must be hashable
+        if key in given:
+            given[key] = given[key] if isinstance(given[key], int) else as_pair(given[key])
+    if num_classes is None:
+        model = build({"vit": VisionTransformer}, {"name": "vit", **given}, "model")
+    else:
+        model = build(
+            {"vit": ViTClassifier}, {"name": "vit", "num_classes": num_classes, **given}, "model"
+        )
+    check_choices(model)
+    return model

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train.py and eval.py as programs: what a stranger types, what a scheduler does to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from flax_vlm import trees
+from flax_vlm.training.checkpoints import load_params
+from flax_vlm.training.metrics import TIMING_KEYS, read_metrics
+from tests.integration.conftest import ROOT, TINY, overrides, program
+
+CONFIG = "configs/siglip_digits.py"
+
+
+def rows(folder):
+    found = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in found]
+
+
+def train(folder, data_dir, *extra, config=CONFIG, **values):
+    flags = overrides({**TINY, "data.dir": data_dir, **values})
+    return program("train.py", "--config", config, "--workdir", folder, *flags, *extra)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_dir):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train(folder, data_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_a_run_prints_its_result_its_pictures_and_how_to_load_it(finished):
+    folder, printed = finished
+    results = json.loads((folder / "eval" / "12.json").read_text())
+    assert f"zero_shot/accuracy                {results['zero_shot/accuracy']:.4f}" in printed
+    for name in ("predictions.png", "similarity.png"):
+        assert str(folder / "eval" / "12" / name) in printed
+        assert (folder / "eval" / "12" / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "training_curve.png").exists() and f"flax_vlm.load('{folder}')" in printed
+    assert [row["step"] for row in rows(folder)] == [*range(1, 13)]
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_starting_a_finished_run_again_says_so_and_changes_nothing(finished, data_dir):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = train(folder, data_dir)
+    assert again.returncode == 0 and "has all 12 steps already" in again.stdout
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_eval_alone_gives_the_numbers_of_training(finished):
+    folder, _ = finished
+    file = folder / "eval" / "12.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    done = program("eval.py", "--workdir", folder, env={"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(file.read_text()) == before
+
+
+def test_kill_minus_nine_and_the_same_command_again_equal_an_uninterrupted_run(
+    finished, tmp_path, data_dir
+):
+    flags = overrides({**TINY, "data.dir": data_dir})
+    command = [sys.executable, "train.py", "--config", CONFIG, "--workdir", str(tmp_path), *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while len(rows(tmp_path)) < 8 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was killed in the middle, not done before"
+    resumed = train(tmp_path, data_dir)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert rows(tmp_path) == rows(finished[0])
+    (mine, _, _), (theirs, _, _) = (load_params(f / "checkpoints") for f in (tmp_path, finished[0]))
+    assert not trees.differences(mine, theirs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_workers_change_no_bit(finished, tmp_path, data_dir, workers):
+    done = train(tmp_path, data_dir, **{"data.workers": workers})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def test_another_mesh_gives_the_same_losses(finished, tmp_path, data_dir):
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = overrides({**TINY, "data.dir": data_dir, "mesh.fsdp": 2, "mesh.tensor": 2})
+    done = program("train.py", "--config", CONFIG, "--workdir", tmp_path, *flags, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[row["loss"] for row in rows(folder)] for folder in (tmp_path, finished[0])]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_sigterm_saves_and_exits_with_the_documented_code(tmp_path, data_dir):
+    flags = overrides({**TINY, "data.dir": data_dir, "steps": 4000})
+    command = [sys.executable, "train.py", "--config", CONFIG, "--workdir", str(tmp_path), *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(rows(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "start again to resume" in printed
+    last = rows(tmp_path)[-1]["step"]
+    assert (tmp_path / "checkpoints" / str(last)).is_dir(), "the last step is saved"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.stepz=3"], "stepz"),
+        (["--config.optimizer.name=adam"], "unknown optimizer 'adam', choose one of"),
+        (["--config.model.image.patch_size=5"], "patch_size 5 must divide the image, got 16 x 16"),
+        (["--config.mesh.data=3"], "must equal the number of devices, got 3 x 1 x 1 = 3 for 1"),
+        (["--config.data.name=digit"], "unknown dataset 'digit', choose one of"),
+        (["--config.nonfinite=ignore"], "nonfinite must be 'stop' or 'skip', got 'ignore'"),
+        (["--config.data.split=all"], "split"),
+    ],
+)
+def test_bad_settings_get_one_clear_message(tmp_path, data_dir, flags, message):
+    done = train(tmp_path, data_dir, *flags)
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_differences(finished, data_dir):
+    folder, _ = finished
+    before = (folder / "config.json").read_bytes()
+    done = train(folder, data_dir, **{"optimizer.lr": 0.5, "seed": 7})
+    assert done.returncode == 1 and "written by another config" in done.stderr
+    assert "optimizer.lr: 0.001 in the workdir, 0.5 now" in done.stderr
+    assert "seed: 0 in the workdir, 7 now" in done.stderr
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_stops_with_a_message_and_the_last_step_intact(tmp_path, data_dir):
+    first = train(tmp_path, data_dir)
+    assert first.returncode == 0
+    # a limit on file sizes stands for the full disk: checkpoints fail, small files pass
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+    )
+    other = tmp_path / "other"
+    flags = overrides({**TINY, "data.dir": data_dir})
+    done = program("-c", code, "--config", CONFIG, "--workdir", other, *flags)
+    assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and (tmp_path / "checkpoints" / "12").is_dir()
+
+
+def test_a_dry_run_shows_the_plan_without_data_or_workdir(tmp_path):
+    done = program("train.py", "--config", "configs/siglip_l16.py", "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("652,150,786", "== mesh ==", "== largest tensors ==", '"batch_size": 32768'):
+        assert line in done.stdout
+    assert not os.listdir(tmp_path)
