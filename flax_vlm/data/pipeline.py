@@ -11,11 +11,12 @@ masked row) and no greedy packing.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import logging
 import multiprocessing
 import os
+import pathlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ Row = dict[str, np.ndarray]
 # Counted in batches, per process. Few threads suffice: decoding leaves Python's lock, the rest not.
 _THREADS = 4
 _PREFETCH = 4
+_LOGGED_PER_REASON = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Preprocess:
         try:
             image, reason = read_image(example["image"], background=tuple(self.background))
         except BrokenImage as error:
-            _log_first(error.reason, error.args[1], example["caption"])
+            _log(error, example)
             return self.row(None, example, error.reason)
         for op in self.image_ops:
             image = op(image, rng)
@@ -104,12 +106,16 @@ class Preprocess:
         }
 
 
-@functools.cache
-def _log_first(reason: str, detail: str, caption: str) -> None:
-    """Logs a broken image; `functools.cache` keeps its repetition in the next epoch quiet."""
-    logging.getLogger(__name__).warning(
-        "broken image (%s: %s), caption %r", reason, detail, caption
-    )
+_logged: collections.Counter[str] = collections.Counter()
+
+
+def _log(error: BrokenImage, example: Mapping[str, Any]) -> None:
+    """Logs the first few broken images of every kind; the others are only counted."""
+    _logged[error.reason] += 1
+    if _logged[error.reason] <= _LOGGED_PER_REASON:
+        image = example["image"]
+        which = image if isinstance(image, pathlib.Path) else repr(example["caption"])
+        logging.getLogger(__name__).warning("skipped a broken image, %s: %s", which, error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,8 +130,8 @@ def _read_list(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(
-                        f"{path} line {reader.line_num}: a row must have the {len(reader.fieldnames)} "
-                        f"columns of the header, got {row}; quote captions with commas"
+                        f"{path} line {reader.line_num}: a row must have the columns of the "
+                        f"header, {reader.fieldnames}, got {row}; quote captions with commas"
                     )
                 yield reader.line_num, row
             return
@@ -240,12 +240,11 @@ def load_folder(path: str | os.PathLike, split: str = "train") -> MemorySource:
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise ValueError(f"a folder of images must exist, there is none at {folder}")
-    lists = [folder / name for name in LISTS if (folder / name).is_file()]
-    if (folder / split).is_dir():
-        folder, split = folder / split, "all"
-        lists = [folder / name for name in LISTS if (folder / name).is_file()]
-    if lists:
-        return load_list(lists[0], split)
+    inner = folder / split
+    if inner.is_dir() and (_lists_in(inner) or not _lists_in(folder)):
+        folder, split = inner, "all"
+    if _lists_in(folder):
+        return load_list(_lists_in(folder)[0], split)
     if split not in ("train", "all"):
         raise ValueError(f"{folder} has no sub-folder {split!r}; make one, or ask for split 'all'")
     images = _images_in(folder)
@@ -254,6 +253,10 @@ def load_folder(path: str | os.PathLike, split: str = "train") -> MemorySource:
     if any(image.with_suffix(".txt").is_file() for image in images):
         return _with_sidecars(folder, images)
     return _with_folder_names(folder, images)
+
+
+def _lists_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [folder / name for name in LISTS if (folder / name).is_file()]
 
 
 def _images_in(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -293,8 +296,9 @@ def _with_folder_names(folder: pathlib.Path, images: list[pathlib.Path]) -> Memo
         )
     names = sorted({part[0] for part in parts})
     class_names = tuple(name.replace("_", " ") for name in names)
+    number = {name: i for i, name in enumerate(names)}
     examples = [
-        Example(image=image, caption=class_names[names.index(part[0])], label=names.index(part[0]))
+        Example(image=image, caption=class_names[number[part[0]]], label=number[part[0]])
         for image, part in zip(images, parts, strict=True)
     ]
     return MemorySource(examples, class_names, str(folder))

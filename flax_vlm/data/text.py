@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions to token ids: byte-level BPE, trained or without any merges, by the `tokenizers` library.
+"""Captions to token ids: byte-level BPE, trained or without merges, by the `tokenizers` library.
 
 Every byte has a token, so any text can be written and nothing is unknown. The whole tokenizer,
 settings included, is one tokenizer.json that the `tokenizers` library reads alone. Ids: 0 <pad>,

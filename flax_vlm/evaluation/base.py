@@ -11,6 +11,7 @@ size, the number of devices and the number of processes change no metric.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import warnings
@@ -183,21 +184,18 @@ def predict_all(
         are left out.
 
     Raises:
-        ValueError: if no example can be read, or the batch size cannot be split over the processes.
+        ValueError: if no example can be read.
     """
     index, count = predictor.shard
-    if batch_size % count:
-        raise ValueError(
-            f"batch_size must be a multiple of the {count} slices that the processes feed, "
-            f"got {batch_size}; change the batch_size of the evaluation"
-        )
     parts: dict[str, list[np.ndarray]] = {}
-    for batch in dataset.ordered(batch_size=batch_size, shard=index, num_shards=count):
-        rows = {name: predictor(name, batch) for name in names}
-        columns = [key for key in (*COLUMNS, "example_mask") if key in batch]
-        rows |= predictor.gather({key: batch[key] for key in columns})
-        for key, array in rows.items():
-            parts.setdefault(key, []).append(array)
+    batches = dataset.ordered(batch_size=batch_size, shard=index, num_shards=count)
+    with contextlib.closing(batches):
+        for batch in batches:
+            rows = {name: predictor(name, batch) for name in names}
+            columns = [key for key in (*COLUMNS, "example_mask") if key in batch]
+            rows |= predictor.gather({key: batch[key] for key in columns})
+            for key, array in rows.items():
+                parts.setdefault(key, []).append(array)
     result = {key: np.concatenate(arrays) for key, arrays in parts.items()}
     keep = result.pop("example_mask", np.zeros(0, bool))
     if not keep.any():

@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
-from flax_vlm.models.vit import ViTClassifier, VisionTransformer
+from flax_vlm.models.vit import VisionTransformer, ViTClassifier
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
 
 TOWERS = ("image", "text")

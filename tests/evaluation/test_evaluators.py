@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import evaluation_fakes as fakes
 import jax
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from PIL import Image
 from flax_vlm.build import build
 from flax_vlm.evaluation import EVALUATORS, scores
 from flax_vlm.evaluation.zero_shot import ZeroShot, canonicalize
+from tests.evaluation import fakes
 
 TEMPLATES = ("{}", "a photo of a {}.", "many {} here")
 CONFIGS = {

@@ -33,9 +33,12 @@ def check_png(figure, path):
 
 def test_wrong_predictions_are_red_and_tell_the_truth(tmp_path):
     figure = pictures.prediction_grid(
-        some_images(5), ["cat", "dog", "$5 bill", "owl", "eel"], ["cat", "cow", "x", "owl", "eel"],
-        title="61 % & $", columns=3,
-    )  # fmt: skip
+        some_images(5),
+        ["cat", "dog", r"$\frac$ bill", "owl", "eel"],
+        ["cat", "cow", r"$\x$", "owl", "eel"],
+        title=r"61 % & $\t$",
+        columns=3,
+    )
     assert len(figure.axes) == 5
     for n, axes in enumerate(figure.axes):
         wrong = n in (1, 2)
@@ -46,8 +49,8 @@ def test_wrong_predictions_are_red_and_tell_the_truth(tmp_path):
     red, green, blue = (int(pictures.WRONG[i : i + 2], 16) for i in (1, 3, 5))
     assert red > 180 and max(green, blue) < 80
     shown = [[t.get_text() for t in axes.texts] for axes in figure.axes]
-    assert shown[1] == ["dog", "true: cow"] and shown[2] == ["$5 bill", "true: x"]
-    assert "61 % & $" in texts_of(figure) and "red: wrong, 2 of the 5 shown" in texts_of(figure)
+    assert shown[1] == ["dog", "true: cow"] and shown[2] == [r"$\frac$ bill", r"true: $\x$"]
+    assert r"61 % & $\t$" in texts_of(figure) and "red: wrong, 2 of the 5 shown" in texts_of(figure)
     check_png(figure, tmp_path / "predictions.png")
 
 
@@ -62,9 +65,9 @@ def test_grid_images_keep_their_order_and_do_not_overlap():
 
 
 def test_similarity_matrix_has_captions_as_lines_and_images_as_columns(tmp_path):
-    images, captions = some_images(4, channels=1), ["one", "a $2 coin", "three $x"]
+    images, captions = some_images(4, channels=1), ["one", "a $2 coin", r"three $\x$"]
     similarity = np.arange(12.0).reshape(4, 3) / 10 - 0.5  # [images, captions]
-    figure = pictures.similarity_matrix(images, captions, similarity, title="cosines")
+    figure = pictures.similarity_matrix(images, captions, similarity, title=r"cosines $\x$")
     axes = figure.axes[0]
     np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), similarity.T)
     assert [t.get_text() for t in axes.get_yticklabels()] == captions
@@ -113,7 +116,7 @@ def training_rows(n=100, **more):
 
 
 def test_training_curve_shows_loss_headline_metrics_and_learning_rate(tmp_path):
-    figure = pictures.training_curve(training_rows(), title="run $1")
+    figure = pictures.training_curve(training_rows(), title=r"run $\x$")
     loss, evaluation, rate = figure.axes
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), 100.0 / np.arange(1, 101) + 1)
     assert loss.get_yscale() == "log" and len(loss.lines) == 2
@@ -147,8 +150,8 @@ def test_attention_lights_up_the_patch_that_is_attended_to(tmp_path):
     image = np.full((20, 30, 3), 90, np.uint8)
     maps = np.zeros((2, 4, 6))
     maps[0, 1, 4], maps[1, 3, 0] = 0.7, 0.001
-    figure = pictures.attention_map(image, maps, ["head 1", "$head"], title="pooling")
-    assert [axes.get_title() for axes in figure.axes] == ["image", "head 1", "$head"]
+    figure = pictures.attention_map(image, maps, ["head 1", r"$\head$"], title=r"pooling $\x$")
+    assert [axes.get_title() for axes in figure.axes] == ["image", "head 1", r"$\head$"]
     for axes, (y, x) in zip(figure.axes[1:], ((1, 4), (3, 0)), strict=True):
         shown = np.asarray(axes.images[0].get_array()).astype(float)
         height, width = shown.shape[0] // 4, shown.shape[1] // 6

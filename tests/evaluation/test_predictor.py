@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-import evaluation_fakes as fakes
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_vlm.evaluation.base import Predictor, embed_texts, predict_all
+from tests.evaluation import fakes
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -66,14 +66,22 @@ def test_a_prediction_is_compiled_once_for_new_parameters_and_smaller_batches():
     predictor = make_predictor((8, 1, 1), predictions)
     predictor("image_embedding", {"image": images(13)})
     other = predictor.with_params(make_predictor((8, 1, 1), seed=1).params, {})
-    for n in (13, 16, 2):
+    for n in (2, 13, 16):
         got = other("image_embedding", {"image": images(n)})
         expected = fakes.numpy_image_embedding(fakes.make_params(1), images(n))
         np.testing.assert_allclose(got, expected, atol=2e-5)
     assert [shape[0] for shape in traces] == [16]
     other("image_embedding", {"image": images(17)})
-    predictor("image_embedding", {"image": images(9)})  # 16 and 24 hold it: the smaller is taken
+    predictor("image_embedding", {"image": images(9)})
     assert [shape[0] for shape in traces] == [16, 24]
+
+
+def test_a_batch_is_padded_to_the_smallest_compiled_size_that_holds_it():
+    predictor = make_predictor(
+        predictions={"rows": lambda p, e, b: 0 * b["label"] + b["label"].size}
+    )
+    used = [predictor("rows", {"label": np.zeros(n, np.int32)})[0] for n in (20, 9, 30, 25, 10, 21)]
+    assert used == [20, 20, 30, 30, 20, 30]
 
 
 def test_new_extras_change_the_prediction():
@@ -146,7 +154,39 @@ def test_texts_that_do_not_fit_the_context_are_named():
         embed_texts(make_predictor(), fakes.Preprocess(text_length=6), ["fits", "too long"], 4)
 
 
-def test_a_batch_size_that_the_processes_cannot_share_is_an_error():
-    predictor = Predictor(fakes.PREDICTIONS, {}, {}, shard=(0, 2))
-    with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 slices.*got 7"):
-        predict_all(predictor, fakes.make_dataset(), ["image_embedding"], 7)
+def test_the_dataset_is_closed_after_the_last_batch_and_after_an_error():
+    class Watched(fakes.Dataset):
+        closed = 0
+
+        def ordered(self, **kwargs):
+            try:
+                yield from super().ordered(**kwargs)
+            finally:
+                self.closed += 1
+
+    dataset = Watched(fakes.Source(fakes.make_examples()))
+    predict_all(make_predictor(), dataset, ["image_embedding"], 20)
+    assert dataset.closed == 1
+    with pytest.raises(ValueError, match="unknown prediction 'x'"):
+        predict_all(make_predictor(), dataset, ["x"], 20)
+    assert dataset.closed == 2
+
+
+def test_the_real_data_pipeline_keeps_the_order_and_the_mask():
+    from flax_vlm.data import pipeline, text
+
+    source = fakes.Source(fakes.make_examples()[:11])
+    source.examples[3]["image"] = b"not an image"
+    source.examples[7]["image"] = source.examples[1]["image"]
+    tokenizer = text.byte_level()
+    preprocess = pipeline.Preprocess((), (fakes.SIDE, fakes.SIDE), tokenizer, 40)
+    rows = predict_all(
+        make_predictor((4, 2, 1)), pipeline.Dataset(source, preprocess), ["image_embedding"], 4
+    )
+    good = [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert rows["index"].tolist() == good
+    images = [source[i]["image"] for i in good]
+    expected = fakes.numpy_image_embedding(fakes.make_params(), images)
+    np.testing.assert_allclose(rows["image_embedding"], expected, atol=2e-5)
+    captions = [source[i]["caption"] for i in good]
+    assert rows["text_id"].tolist() == [text.text_id(c) for c in captions]

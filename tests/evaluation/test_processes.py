@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 
-import evaluation_fakes as fakes
 import jax
 import pytest
 
 from flax_vlm.build import build
 from flax_vlm.evaluation import EVALUATORS
 from flax_vlm.evaluation.base import Predictor
+from tests.evaluation import fakes
 
 WORKER = """
 import json, pathlib, sys
@@ -24,8 +24,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
-sys.path.insert(0, sys.argv[5])
-import evaluation_fakes as fakes
+from tests.evaluation import fakes
 from flax_vlm.build import build
 from flax_vlm.evaluation import EVALUATORS
 from flax_vlm.evaluation.base import Predictor
@@ -57,15 +56,13 @@ def run_workers(folder, tensor):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
-    here = pathlib.Path(__file__).parent
-    arguments = [port, str(tensor), str(folder), str(here)]
+    root = pathlib.Path(__file__).parents[2]
+    arguments = [port, str(tensor), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), *arguments], cwd=here.parent.parent,
-            env={**os.environ, "PYTHONPATH": str(here.parent.parent)},
-        )
+        subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment)
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         assert [p.wait(120) for p in processes] == [0, 0]
     finally:

@@ -109,7 +109,9 @@ def test_wilson_interval_equals_published_values_and_solves_its_equation():
         left, right = (350 / 360 - bound) ** 2, 1.959964**2 * bound * (1 - bound) / 360
         assert abs(left - right) < 1e-12
     assert scores.wilson_interval(0, 0) == (0.0, 1.0)
-    assert scores.wilson_interval(0, 5)[0] == 0.0 and scores.wilson_interval(5, 5)[1] == 1.0
+    for n in range(1, 200):  # rounding must not push the ends out of 0..1
+        low, high = scores.wilson_interval(0, n)[0], scores.wilson_interval(n, n)[1]
+        assert 0 <= low < 1e-15 and 1 - 1e-15 < high <= 1
 
 
 def test_two_choice_counts_a_tie_as_half():

@@ -30,8 +30,8 @@ def unit(x):
 
 
 def batch(b=24, m=40, e=6, *, scale=9.0, bias=-3.0, seed=0, masks=True, signal=1.0):
-    """Random matched pairs; with masks every third text repeats an id, and one row and one extra
-    text are padding.""" rng = np.random.default_rng(seed)
+    """Random pairs; masks: every third text has one id, an image and an extra text are padding."""
+    rng = np.random.default_rng(seed)
     image = unit(rng.normal(size=(b, e)))
     text = unit(np.concatenate([signal * image, np.zeros((m - b, e))]) + rng.normal(size=(m, e)))
     if not masks:
@@ -42,6 +42,18 @@ def batch(b=24, m=40, e=6, *, scale=9.0, bias=-3.0, seed=0, masks=True, signal=1
     example_mask[b // 2] = False
     extra_mask[-1:] = False
     return Case(image, text, scale, bias, text_id, example_mask, extra_mask)
+
+
+def easy_batch(b=256, e=768, *, scale=100.0, loss=1e-3, shared=0.2, seed=0):
+    """Every row has about the given loss; cosines near `shared` off the diagonal; float32 numbers."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(e, 2 * b + 1)))[0].T
+    own, other, common = basis[:b], basis[b:-1], np.sqrt(shared) * basis[-1:]
+    match = (np.log(b - 1) - np.log(np.expm1(loss))) / scale / (1 - shared)
+    image = common + np.sqrt(1 - shared) * own
+    text = common + np.sqrt(1 - shared) * (match * own + np.sqrt(1 - match**2) * other)
+    text = unit(text + 0.05 / np.sqrt(e) * rng.normal(size=text.shape))
+    return Case(*(x.astype(np.float32).astype(np.float64) for x in (image, text)), scale, 0.0)
 
 
 def roles(case, same_text="ignore", ceiling=None):
