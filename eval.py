@@ -8,7 +8,7 @@ The numbers do not depend on the devices that it runs on.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
@@ -17,6 +17,7 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at length
     from flax_vlm import experiment, report
     from flax_vlm.training import compilation_cache
     from flax_vlm.training import workdir as layout

@@ -9,7 +9,7 @@ what would run. Exit codes: 0 done; 75 told to stop (SIGTERM), state saved, star
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from flax_vlm.training import compilation_cache, distributed
@@ -27,6 +27,7 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> int:
     """Returns the exit code."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at length
     if FLAGS.config is None or (FLAGS.workdir is None and not FLAGS.dry_run):
         raise app.UsageError("--config and --workdir are needed (or --config and --dry-run)")
     distributed.start_processes(

@@ -18,8 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_vlm import data, trees
+from flax_vlm import trees
 from flax_vlm.build import build as build_by_name
+from flax_vlm.data import load_source
+from flax_vlm.data.accounts import Accounts, DataError
+from flax_vlm.data.images import pair
+from flax_vlm.data.pipeline import Dataset
+from flax_vlm.data.recipe import build_preprocess, build_tokenizer
+from flax_vlm.data.sources import Source
+from flax_vlm.data.text import Tokenizer
 from flax_vlm.evaluation import EVALUATORS, pictures
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.objectives import build_objective
@@ -42,7 +49,7 @@ from flax_vlm.training.step import make_train_step
 Config = Mapping[str, Any]
 
 # What a person can mend: programs print the message alone.
-USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, data.DataError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, DataError)
 
 
 def build(config: Config) -> Experiment:
@@ -89,7 +96,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def example_batch(config: Config, size: int = 1) -> dict[str, np.ndarray]:
     """Returns a batch of zeros with the shapes of the config."""
-    height, width = _pair(config["data"]["image_size"])
+    height, width = pair(config["data"]["image_size"])
     length = config["data"]["text"]["length"]
     return {
         "image": np.zeros((size, height, width, 3), np.uint8),
@@ -107,10 +114,6 @@ def mesh_for_evaluation(mesh: Config) -> dict[str, Any]:
     if jax.device_count() % parts:
         return {**mesh, "data": -1, "fsdp": 1, "tensor": 1}
     return {**mesh, "data": -1}
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +142,10 @@ class Experiment:
         return sharding.batch_sharding(self.mesh)
 
     @functools.cached_property
-    def tokenizer(self) -> data.Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of the config, trained on the captions of the training split if need be."""
         spec = self.config["data"]
-        tokenizer = data.build_tokenizer(spec["text"], lambda: self._source(spec))
+        tokenizer = build_tokenizer(spec["text"], lambda: self._source(spec))
         table = trees.named_leaves(self.shapes.params).get("text/embedding/embedding")
         if table is not None and tokenizer.vocab_size > table.shape[0]:
             raise ValueError(
@@ -152,18 +155,18 @@ class Experiment:
             )
         return tokenizer
 
-    def _source(self, spec: Config) -> data.Source:
+    def _source(self, spec: Config) -> Source:
         extra = spec.get("options", {})
         directory = spec.get("dir") or self.config["data"]["dir"] or None
-        return data.load_source(spec["name"], split=spec["split"], data_dir=directory, **extra)
+        return load_source(spec["name"], split=spec["split"], data_dir=directory, **extra)
 
     @functools.cached_property
-    def train_data(self) -> data.Dataset:
+    def train_data(self) -> Dataset:
         """The training split, augmented."""
         spec = self.config["data"]
-        return data.Dataset(
+        return Dataset(
             source=self._source(spec),
-            preprocess=data.build_preprocess(spec, self.tokenizer, train=True),
+            preprocess=build_preprocess(spec, self.tokenizer, train=True),
             seed=self.config["seed"],
             workers=spec["workers"],
         )
@@ -176,9 +179,9 @@ class Experiment:
             spec = dict(spec)
             every, batch_size = spec.pop("every", 0), spec.pop("batch_size", 256)
             source = self.config["data"] | dict(spec.pop("data"))
-            dataset = data.Dataset(
+            dataset = Dataset(
                 source=self._source(source),
-                preprocess=data.build_preprocess(source, self.tokenizer, train=False),
+                preprocess=build_preprocess(source, self.tokenizer, train=False),
             )
             evaluator = build_by_name(
                 EVALUATORS, spec, "evaluator", dataset=dataset, batch_size=batch_size
@@ -257,7 +260,9 @@ class Experiment:
         pictures_folder = folder / "eval" / str(step) if first else None
         results: dict[str, float] = {}
         for name in self.evaluators if names is None else names:
-            found = self.evaluators[name][1].run(predictor, pictures_folder)
+            # a folder each: two evaluators of one kind write pictures of one name
+            folder_of_this = pictures_folder / name if pictures_folder else None
+            found = self.evaluators[name][1].run(predictor, folder_of_this)
             results |= {f"{name}/{key}": float(value) for key, value in found.items()}
         if first:
             file = folder / "eval" / f"{step}.json"
@@ -296,7 +301,7 @@ class Experiment:
             target = abstract_state(self.shapes, self.shardings)
             state = checkpoints.restore(target) if start else self.init_state()
         writers = self._writers(folder, start) if first else metrics.Writers([])
-        accounts = data.Accounts(max_broken_share=self.config["data"]["max_broken_share"])
+        accounts = Accounts(max_broken_share=self.config["data"]["max_broken_share"])
         peak, _ = profiling.peak_flops()
         loop = Loop(
             train_step=self.train_step(),
@@ -331,7 +336,7 @@ class Experiment:
         spec = self.config["data"]
         return train_flops_per_example(
             self.objective.model,
-            _pair(spec["image_size"]),
+            pair(spec["image_size"]),
             spec["text"]["length"],
             frozen=self.optimizer.freeze,
         )
@@ -367,5 +372,5 @@ class Experiment:
         """Draws the training curve and sends the pictures of this step to the writers."""
         curve = pictures.training_curve(workdir.history(folder), title=folder.name)
         files = [pictures.save_figure(curve, folder / "training_curve.png")]
-        for file in [*files, *sorted((folder / "eval" / str(step)).glob("*.png"))]:
-            writers.picture(step, file.stem, file)
+        for file in [*files, *sorted((folder / "eval" / str(step)).rglob("*.png"))]:
+            writers.picture(step, f"{file.parent.name}/{file.stem}", file)

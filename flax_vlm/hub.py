@@ -15,7 +15,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from flax_vlm.data import REASONS, Preprocess, Tokenizer, build_preprocess
+from flax_vlm.data.images import REASONS
+from flax_vlm.data.pipeline import Preprocess
+from flax_vlm.data.recipe import build_preprocess
+from flax_vlm.data.text import Tokenizer
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.objectives import build_objective

@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import filelock
@@ -124,20 +124,19 @@ class TfdsSource:
                 f"got {builder.info.file_format.value}; prepare it again with "
                 f"file_format='array_record'"
             )
-        decoders = {key: tfds.decode.SkipDecoding() for key in images}
-        data = builder.as_data_source(split, decoders=decoders)
-        if len(data) == 0:
+        if builder.info.splits[split].num_examples == 0:
             raise ValueError(f"a dataset must have examples, got none in {self._name} {split}")
-        return data
+        decoders = {key: tfds.decode.SkipDecoding() for key in images}
+        return builder.as_data_source(split, decoders=decoders)
 
     def _one(self, wanted: str | None, found: list[str], what: str) -> str:
         if wanted is not None and wanted in self._features:
             return wanted
         if wanted is None and len(found) == 1:
             return found[0]
+        problem = f"found {sorted(found)}" if wanted is None else f"there is no {wanted!r}"
         raise ValueError(
-            f"{self._name} must have one feature for the {what}, "
-            f"{'found ' + str(found) if wanted is None else 'there is no ' + repr(wanted)}; "
+            f"{self._name} must have one feature for the {what}, {problem}; "
             f"name one of {sorted(self._features)} by {what}="
         )
 
@@ -161,14 +160,21 @@ class TfdsSource:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self!r} has no example {index}")
         record = self._data[index]
         example = Example(image=record[self._image], caption="")
         if self._label is not None:
             example["label"] = int(record[self._label])
-        if self._caption is None:
+        if self._caption is not None:
+            example["caption"] = _text(record, self._caption, index)
+        elif example["label"] >= 0:
             example["caption"] = self.class_names[example["label"]]
         else:
-            example["caption"] = _text(record, self._caption, index)
+            raise ValueError(
+                f"captions are class names here, but example {index} of {self._name} has no label; "
+                f"take a split that has labels, or name a text feature by caption="
+            )
         used = {self._image, self._label, (self._caption or "").partition("/")[0]}
         meta = {k: self._plain(k, v) for k, v in record.items() if k not in used}
         if meta:
@@ -186,11 +192,17 @@ class TfdsSource:
 def _text(record: Any, path: str, index: int) -> str:
     for key in path.split("/"):
         if not isinstance(record, dict):  # a sequence of dicts may come as a list of them
-            record = record[index % len(record)]
+            record = _turn(record, index)
         record = record[key]
     if not isinstance(record, bytes | str):
-        record = record[index % len(record)]
+        record = _turn(record, index)
     return record.decode("utf-8", "replace") if isinstance(record, bytes) else str(record)
+
+
+def _turn(several: Sequence[Any], index: int) -> Any:
+    if len(several) == 0:
+        raise ValueError(f"every example must have a caption, example {index} has none")
+    return several[index % len(several)]
 
 
 def load_tfds(

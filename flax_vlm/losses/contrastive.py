@@ -18,8 +18,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from flax_vlm.losses.hard_negatives import HardNegatives, mine, number_pairs
+from flax_vlm.losses.logits import cosines, kept, scalars
 from flax_vlm.losses.pairs import DEFAULT_RULES, PairRules, Pairs, Side, arrange, tile_masks
-from flax_vlm.shapes import check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class HnNce:
 
 
 PLAIN = HnNce(alpha=1.0, beta=0.0)
+ALL_NEGATIVES = HardNegatives()
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +73,8 @@ def sigmoid_contrastive_loss(
     *,
     pairs: Pairs | None = None,
     rules: PairRules = DEFAULT_RULES,
+    negatives: HardNegatives = ALL_NEGATIVES,
+    rng: jax.Array | None = None,
     precision: str | None = None,
 ) -> jax.Array:
     """Returns the sigmoid loss of every image: summed over its texts, not averaged over images.
@@ -85,6 +89,8 @@ def sigmoid_contrastive_loss(
         logit_bias: [], or None for 0.
         pairs: ids, masks and the positive index.
         rules: which pairs are left out or made positive.
+        negatives: how many negatives an image keeps.
+        rng: key for random negatives.
         precision: of the matrix product, a name of jax.lax.Precision; None for the global default.
 
     Returns:
@@ -98,7 +104,8 @@ def sigmoid_contrastive_loss(
     rows, columns = arrange(image_embedding, text_embedding, pairs)
     scale, bias = scalars(rows, logit_scale, logit_bias)
     cosine = cosines(rows.embedding, columns.embedding, precision)  # [B, M]
-    return sigmoid_from_cosine(rows, columns, cosine, scale, bias, rules)
+    rows, columns = _mined(rows, columns, cosine, negatives, rng, rules)
+    return _sigmoid(rows, columns, cosine, scale, bias, rules)
 
 
 def softmax_contrastive_loss(
@@ -110,6 +117,8 @@ def softmax_contrastive_loss(
     pairs: Pairs | None = None,
     rules: PairRules = DEFAULT_RULES,
     weighting: HnNce = PLAIN,
+    negatives: HardNegatives = ALL_NEGATIVES,
+    rng: jax.Array | None = None,
     precision: str | None = None,
 ) -> jax.Array:
     """Returns the symmetric softmax loss of every image-text pair: CLIP, CoCa's contrastive term.
@@ -127,6 +136,8 @@ def softmax_contrastive_loss(
         pairs: ids, masks and the positive index.
         rules: which pairs are left out or made positive.
         weighting: HN-NCE weights of the negatives.
+        negatives: how many negatives an image keeps among the texts, and a text among the images.
+        rng: key for random negatives.
         precision: of the matrix product, a name of jax.lax.Precision; None for the global default.
 
     Returns:
@@ -140,7 +151,8 @@ def softmax_contrastive_loss(
     rows, columns = arrange(image_embedding, text_embedding, pairs)
     scale, _ = scalars(rows, logit_scale, logit_bias)
     cosine = cosines(rows.embedding, columns.embedding, precision)  # [B, M]
-    return softmax_from_cosine(rows, columns, cosine, scale, rules, weighting)
+    rows, columns = _mined(rows, columns, cosine, negatives, rng, rules)
+    return _softmax(rows, columns, cosine, scale, rules, weighting)
 
 
 def distillation_contrastive_loss(
@@ -195,7 +207,13 @@ def distillation_contrastive_loss(
     return kept((row + column) / 2, rows.keep)
 
 
-def sigmoid_from_cosine(
+def _mined(rows, columns, cosine, negatives, rng, rules) -> tuple[Side, Side]:
+    if not negatives.limits(columns.index.shape[0]):
+        return rows, columns
+    return mine(*number_pairs(rows, columns, negatives, rng), cosine, negatives, rules)
+
+
+def _sigmoid(
     rows: Side,
     columns: Side,
     cosine: jax.Array,
@@ -212,7 +230,7 @@ def sigmoid_from_cosine(
     return kept(each.sum(1) + jax.nn.softplus(-jnp.diagonal(x)), rows.keep)
 
 
-def softmax_from_cosine(
+def _softmax(
     rows: Side,
     columns: Side,
     cosine: jax.Array,
@@ -261,31 +279,3 @@ def _cross_entropy(x: jax.Array, y: jax.Array, keep: jax.Array, axis: int) -> ja
 
 def _lse(x: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
     return jax.nn.logsumexp(jnp.where(mask, x, -jnp.inf), axis=axis)
-
-
-def kept(loss: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """Returns the losses [B] with 0 where `keep` is False."""
-    return loss if keep is None else jnp.where(keep, loss, 0.0)
-
-
-def cosines(rows: jax.Array, columns: jax.Array, precision: str | None) -> jax.Array:
-    """Returns [R, C] products of unit vectors, accumulated and kept in float32 or better."""
-    return jnp.matmul(
-        rows, columns.T, precision=precision, preferred_element_type=accumulator(rows.dtype)
-    )
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype of sums over `dtype`: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def scalars(
-    rows: Side, logit_scale: jax.Array, logit_bias: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (logit_scale, logit_bias or 0) as [] in the accumulation dtype."""
-    dtype = accumulator(rows.embedding.dtype)
-    scale = jnp.asarray(logit_scale, dtype)
-    bias = jnp.asarray(0.0 if logit_bias is None else logit_bias, dtype)
-    check_shapes(" ; ", scale, bias)
-    return scale, bias

@@ -144,13 +144,19 @@ def _text_keep(pairs: Pairs, b: int, m: int) -> jax.Array | None:
     return jnp.concatenate(full)  # [M]
 
 
-def tile_masks(rows: Side, columns: Side, cosine: jax.Array, rules: PairRules) -> Masks:
-    """Returns the role of every pair of a tile of rows [R] and columns [C], cosines [R, C]."""
-    keep = rows.index[:, None] != columns.index[None, :]  # [R, C]
+def pair_keep(rows: Side, columns: Side) -> jax.Array:
+    """Returns [R, C] bool, True where neither the image nor the text is padding."""
+    keep = jnp.ones((rows.index.shape[0], columns.index.shape[0]), bool)
     if rows.keep is not None:
         keep &= rows.keep[:, None]
     if columns.keep is not None:
         keep &= columns.keep[None, :]
+    return keep
+
+
+def tile_masks(rows: Side, columns: Side, cosine: jax.Array, rules: PairRules) -> Masks:
+    """Returns the role of every pair of a tile of rows [R] and columns [C], cosines [R, C]."""
+    keep = pair_keep(rows, columns) & (rows.index[:, None] != columns.index[None, :])
     negative, positive = keep, None
     if rows.text_id is not None and rules.same_text != "negative":
         same = rows.text_id[:, None] == columns.text_id[None, :]
@@ -158,18 +164,26 @@ def tile_masks(rows: Side, columns: Side, cosine: jax.Array, rules: PairRules) -
         positive = keep & same if rules.same_text == "positive" else None
     if rules.ceiling is not None:
         negative &= cosine <= rules.ceiling
-    if not rows.mined:
-        return Masks(positive, negative, negative)
-    draw = draws(rows.mined["code"], columns.mined["code"])
-    hard_or_drawn = [
-        (cosine >= mined["cosine"]) | (draw >= mined["draw"])
-        for mined in (_expand(rows.mined, 1), _expand(columns.mined, 0))
-    ]
-    return Masks(positive, negative & hard_or_drawn[0], negative & hard_or_drawn[1])
+    draw = None
+    if "code" in rows.mined:
+        draw = draws(rows.mined["code"], columns.mined["code"])
+    return Masks(
+        positive,
+        negative & _chosen(rows.mined, cosine, draw, axis=1),
+        negative & _chosen(columns.mined, cosine, draw, axis=0),
+    )
 
 
-def _expand(mined: Mapping[str, jax.Array], axis: int) -> dict[str, jax.Array]:
-    return {name: jnp.expand_dims(x, axis) for name, x in mined.items()}
+def _chosen(
+    mined: Mapping[str, jax.Array], cosine: jax.Array, draw: jax.Array | None, axis: int
+) -> jax.Array:
+    """Returns [R, C] bool, the pairs that mining left to this side (all of them without mining)."""
+    if "cosine" not in mined:
+        return jnp.ones(cosine.shape, bool)
+    chosen = cosine >= jnp.expand_dims(mined["cosine"], axis)
+    if draw is not None:
+        chosen |= draw >= jnp.expand_dims(mined["draw"], axis)
+    return chosen
 
 
 def draws(row_code: jax.Array, column_code: jax.Array) -> jax.Array:
@@ -182,10 +196,11 @@ def draws(row_code: jax.Array, column_code: jax.Array) -> jax.Array:
         column_code: [C] uint32.
 
     Returns:
-        [R, C] int32, uniform over all but the lowest value of int32.
+        [R, C] int32, uniform over all but the lowest and the highest int32.
     """
     bits = _mix(row_code[:, None] ^ column_code[None, :]).astype(jnp.int32)
-    return jnp.maximum(bits, jnp.iinfo(jnp.int32).min + 1)
+    limits = jnp.iinfo(jnp.int32)
+    return jnp.clip(bits, limits.min + 1, limits.max - 1)
 
 
 def codes(seed: jax.Array, index: jax.Array) -> jax.Array:

@@ -3,12 +3,12 @@
 
 Paper: Radford et al. 2021, arXiv:2103.00020; the larger models: OpenCLIP (Cherti et al. 2022,
 arXiv:2212.07143). The image tower is a ViT with a class token, a norm before the first block, no
-bias in the patch embedding and a bias-free projection; the text tower is
-causal, pools the end-of-text token and has a bias-free projection. Epsilon is torch's 1e-5.
+bias in the patch embedding and a bias-free projection; the text tower is causal, pools the
+end-of-text token and has a bias-free projection. Epsilon is torch's 1e-5. OpenAI's weights (B/32,
+B/16, L/14, L/14-336) use quick_gelu; the others are LAION's and use the exact GELU.
 
-OpenAI's weights (B/32, B/16, L/14, L/14-336) use quick_gelu; the others are LAION's and use the
-exact GELU. Differs from the paper: the released ResNet towers are absent; the clamp of the scale to
-100 belongs to the objective.
+Differs from the paper: the released ResNet towers are absent; MLP biases start at zero; the clamp
+of the scale to 100 belongs to the objective.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TEXT_DEFAULTS: dict[str, Any] = dict(
     name="text_encoder",
     vocab_size=49_408,
     length=77,
-    pooling="eos",
+    pool="eos",
     is_causal=True,
     head_bias=False,
     activation="quick_gelu",
@@ -98,8 +98,7 @@ def build_clip(
         image: {"name": "vit", "variant": "B/32", "image_size": 224, ...}, added to IMAGE_DEFAULTS
             and the preset's.
         text: {"name": "text_encoder", "variant": "M", ...}, added to TEXT_DEFAULTS and the
-            preset's. With a tokenizer whose
-            end-of-text id is not the largest, give its `eos_id`.
+            preset's. With a tokenizer whose end-of-text id is not the largest, give its `eos_id`.
         embed_dim: E; None takes the preset's, or the text tower's width.
         init_scale: initial logit scale, before the logarithm.
 

@@ -46,8 +46,7 @@ def _preset(
 
 
 _GEMMA = 256_000  # SigLIP 2 reads the Gemma vocabulary
-# The released models. "-v2" is SigLIP 2; a number at the end is the image size where there are
-# several.
+# The released models. "-v2" is SigLIP 2; a number at the end is the image size.
 PRESETS: dict[str, dict[str, Any]] = {
     "B/16": _preset("B/16", "B", 224),
     "B/16-256": _preset("B/16", "B", 256),

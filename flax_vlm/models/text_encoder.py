@@ -8,8 +8,7 @@ causal, the end-of-text token is pooled, the head has no bias; what follows the 
 changes nothing.
 
 The defaults are SigLIP's; models/clip.py sets CLIP's. Sources: big_vision
-`models/proj/image_text/text_transformer.py`, open_clip
-`transformer.py`.
+`models/proj/image_text/text_transformer.py`, open_clip `transformer.py`.
 """
 
 from __future__ import annotations
@@ -164,17 +163,20 @@ class TextEncoder(nn.Module):
         return TextOutput(tokens, pooled if self.embed_dim is None else self.head(pooled))
 
 
-def build_text_encoder(variant: str | None = None, **fields: Any) -> TextEncoder:
+def build_text_encoder(
+    variant: str | None = None, *, pool: str = "last", **fields: Any
+) -> TextEncoder:
     """Returns a TextEncoder.
 
     Args:
         variant: a size of vit.VARIANTS, "B"; None takes width, depth, mlp_dim and num_heads from
             `fields`.
+        pool: the field `pooling`.
         **fields: other fields of TextEncoder; they win over the variant.
 
     Raises:
         ValueError: for an unknown variant, field or pooling.
     """
     size = lookup(VARIANTS, variant, "variant") if variant is not None else {}
-    spec = {"name": "text_encoder", **size, **fields}
+    spec = {"name": "text_encoder", "pooling": pool, **size, **fields}
     return build({"text_encoder": TextEncoder}, spec, "text encoder")

@@ -4,10 +4,10 @@
 Paper: Dosovitskiy et al. 2021, arXiv:2010.11929 (ViT); Zhai et al. 2022, arXiv:2106.04560 (sizes,
 MAP head).
 
-Differs from the paper: MLP biases, GELU kind and epsilon follow big_vision `models/vit.py`; the
-class token has a position of its own as in the paper, Hugging Face and CLIP, while big_vision adds
-positions before the class token is put in front
-(`class_position=False`); the classifier's head starts at zero.
+Differs from the paper: initialisers, GELU kind (tanh) and epsilon (1e-6) follow big_vision
+`models/vit.py`, and the classifier's head starts at zero as there. The class token has a position
+of its own as in the paper, Hugging Face and CLIP; big_vision adds the positions before it puts the
+class token in front (`class_position=False`).
 
 CLIP's tower is this module with `pre_norm`, no `patch_bias`, "quick_gelu" and a bias-free head;
 SigLIP's with pooling "map".
@@ -36,10 +36,9 @@ def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int
     return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
 
 
-# Source: big_vision `models/vit.py` at 0127fb6, decode_variant. Papers: Ti DeiT (arXiv:2012.12877),
-# S arXiv:2106.10270,
-# B L H ViT, g G arXiv:2106.04560 (table 2), e PaLI (arXiv:2209.06794), So400m arXiv:2305.13035,
-# g-opt SigLIP 2.
+# Source: big_vision `models/vit.py` at 0127fb6, decode_variant. Papers: B, L, H ViT; Ti DeiT
+# (arXiv:2012.12877); g, G arXiv:2106.04560, table 2; e PaLI (arXiv:2209.06794); So400m
+# arXiv:2305.13035; g-opt SigLIP 2 (arXiv:2502.14786).
 VARIANTS: dict[str, dict[str, int]] = {
     "mu": _size(32, 1, 128, 2),
     "Ti": _size(192, 12, 768, 3),
@@ -185,6 +184,7 @@ class VisionTransformer(nn.Module):
                 activation=self.activation,
                 norm_eps=self.norm_eps,
                 dtype=self.dtype,
+                attention_implementation=self.attention_implementation,
             )
         if self.embed_dim is not None:
             self.head = nn.Dense(
@@ -203,7 +203,7 @@ class VisionTransformer(nn.Module):
                 rngs.
 
         Raises:
-            ValueError: if the image does not have the size that the encoder was built for.
+            ValueError: if the image is not float, or has another size than the encoder's.
         """
         output = self._encode(image, train=train)
         if self.embed_dim is None:
@@ -250,6 +250,10 @@ class VisionTransformer(nn.Module):
 
     def _check_image(self, image: jax.Array) -> None:
         height, width = as_pair(self.image_size)
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError(
+                f"images must be normalised floats, got {image.dtype}; see batch.normalize_image"
+            )
         if image.ndim != 4 or image.shape[1:3] != (height, width):
             raise ValueError(
                 f"this encoder was built for images [B, {height}, {width}, C], "

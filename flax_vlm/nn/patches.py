@@ -83,7 +83,7 @@ class PatchEmbed(nn.Module):
         kernel = self.param(
             "kernel", self.kernel_init, (patch_h, patch_w, channels, self.width), jnp.float32
         )
-        x = image[:, : rows * patch_h, : columns * patch_w].astype(self.dtype)
+        x = jnp.asarray(image[:, : rows * patch_h, : columns * patch_w], self.dtype)
         x = x.reshape(batch, rows, patch_h, columns, patch_w, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)  # [B, P, h w C]
         x = x @ kernel.astype(self.dtype).reshape(-1, self.width)  # [B, P, D]

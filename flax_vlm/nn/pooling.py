@@ -75,6 +75,7 @@ class MAPHead(nn.Module):
         activation: a key of mlp.ACTIVATIONS.
         norm_eps: epsilon of the norm.
         dtype: of the matmuls; parameters are float32.
+        attention_implementation: "auto" or a key of attention.IMPLEMENTATIONS.
     """
 
     num_heads: int
@@ -83,6 +84,7 @@ class MAPHead(nn.Module):
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     dtype: str = "float32"
+    attention_implementation: str = "auto"
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -92,6 +94,7 @@ class MAPHead(nn.Module):
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
         x = MultiHeadAttention(
             self.num_heads,
+            implementation=self.attention_implementation,
             dtype=self.dtype,
             in_init=self.inits.attention_in,
             out_init=self.inits.attention_out,

@@ -4,15 +4,13 @@
 Conventions, to be stated wherever a number is shown:
 
 - one multiply-add is 2 FLOPs; matmuls alone are counted (projections, scores q k^T, weights times
-v, patch embedding, heads);
-  softmax, norms, activations, embedding look-ups and the loss are not;
+  v, patch embedding, heads); softmax, norms, activations, embedding look-ups and the loss are not;
 - attention is counted in full, causal or not (MaxText halves causal attention, Levanter does not);
 - the backward pass costs twice the forward pass: a trained tower counts 3 times, a frozen one once;
-- what rematerialisation computes again is not counted; patches that patch dropout drops are not
-either.
+- what rematerialisation computes again is not counted, nor are patches that patch dropout drops.
 
-XLA's own count of an unrolled model without remat is 3 to 6 % higher at real sizes; of a scanned
-one it is meaningless (the loop's body is counted once). Source: Kaplan et al. 2020,
+XLA counts a few per cent more on an unrolled model without remat; its count of a scanned model is
+meaningless (the loop's body is counted once). Source: Kaplan et al. 2020,
 arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B.
 """
 

@@ -93,7 +93,8 @@ class TensorBoardWriter:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars."""
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            # TensorBoard allows no "@" in names
+            self._writer.add_scalar(key.replace("@", "_"), value, step)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars."""

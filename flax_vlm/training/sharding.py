@@ -185,10 +185,13 @@ def data_shard(sharding: NamedSharding) -> tuple[int, int]:
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Returns the global batch from each process's own rows (see `data_shard`)."""
     _, count = data_shard(sharding)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
-        for key, x in batch.items()
-    }
+    # this is the loop's one intended transfer; with several processes jax makes it in a way that
+    # its own guard takes for an accident
+    with jax.transfer_guard_host_to_device("allow"):
+        return {
+            key: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *x.shape[1:]))
+            for key, x in batch.items()
+        }
 
 
 def describe_shardings(shapes: Any, shardings: Any, largest: int = 12) -> str:

@@ -3,7 +3,7 @@
 
 config.json        resolved config            tokenizer.json     the tokenizer that was trained
 metrics.jsonl      one row per logged step     timings.jsonl      wall time by activity, per start
-checkpoints/STEP/  Orbax                       eval/STEP.json     metrics; eval/STEP/*.png pictures
+checkpoints/STEP/  Orbax                       eval/STEP.json     metrics; eval/STEP/NAME/*.png pictures
 tensorboard/       events                      trace/             profiler traces
 """
 

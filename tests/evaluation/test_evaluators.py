@@ -253,3 +253,24 @@ def test_pictures_show_the_examples_that_were_measured(tmp_path, monkeypatch):
     assert [names.index(a) for a in actual] == [e["label"] for e in examples]
     assert all(np.array_equal(i, e["image"]) for i, e in zip(images, examples, strict=True))
     assert [p == a for p, a in zip(predicted, actual, strict=True)] == correct.tolist()
+
+
+def test_the_similarity_picture_shows_pairs_with_different_captions(tmp_path, monkeypatch):
+    from flax_vlm.evaluation import pictures
+
+    calls = []
+
+    def keep(*args, **kwargs):
+        calls.append(args)
+        return make(*args, **kwargs)
+
+    make = pictures.similarity_matrix
+    monkeypatch.setattr(pictures, "similarity_matrix", keep)
+    make_evaluator("retrieval", num_pictures=8).run(make_predictor(), tmp_path)
+    images, captions, similarity = calls[0]
+    assert len(images) == len(set(captions)) == 8
+    for image, caption in zip(images, captions, strict=True):
+        assert any(e["caption"] == caption and np.all(e["image"] == image) for e in readable())
+    params = fakes.make_params()
+    expected = fakes.numpy_image_embedding(params, images) @ text_embeddings(captions).T
+    np.testing.assert_allclose(similarity, expected, atol=2e-5)

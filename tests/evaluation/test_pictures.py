@@ -36,7 +36,7 @@ def test_wrong_predictions_are_red_and_tell_the_truth(tmp_path):
         some_images(5),
         ["cat", "dog", r"$\frac$ bill", "owl", "eel"],
         ["cat", "cow", r"$\x$", "owl", "eel"],
-        title=r"61 % & $\t$",
+        title=r"61 % & $\frac$",
         columns=3,
     )
     assert len(figure.axes) == 5
@@ -50,7 +50,9 @@ def test_wrong_predictions_are_red_and_tell_the_truth(tmp_path):
     assert red > 180 and max(green, blue) < 80
     shown = [[t.get_text() for t in axes.texts] for axes in figure.axes]
     assert shown[1] == ["dog", "true: cow"] and shown[2] == [r"$\frac$ bill", r"true: $\x$"]
-    assert r"61 % & $\t$" in texts_of(figure) and "red: wrong, 2 of the 5 shown" in texts_of(figure)
+    assert r"61 % & $\frac$" in texts_of(figure) and "red: wrong, 2 of the 5 shown" in texts_of(
+        figure
+    )
     check_png(figure, tmp_path / "predictions.png")
 
 
@@ -67,7 +69,7 @@ def test_grid_images_keep_their_order_and_do_not_overlap():
 def test_similarity_matrix_has_captions_as_lines_and_images_as_columns(tmp_path):
     images, captions = some_images(4, channels=1), ["one", "a $2 coin", r"three $\x$"]
     similarity = np.arange(12.0).reshape(4, 3) / 10 - 0.5  # [images, captions]
-    figure = pictures.similarity_matrix(images, captions, similarity, title=r"cosines $\x$")
+    figure = pictures.similarity_matrix(images, captions, similarity, title=r"cosines $\frac$")
     axes = figure.axes[0]
     np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), similarity.T)
     assert [t.get_text() for t in axes.get_yticklabels()] == captions

@@ -170,7 +170,7 @@ def test_rows_without_any_negative_stay_finite(loss, rules):
 
 
 def test_the_softmax_loss_is_accurate_at_scale_100_and_a_tiny_loss():
-    case, ones = oracle.easy_batch(), np.ones(256)
+    case, ones = oracle.easy_batch(seed=3), np.ones(256)
     true, slope = oracle.softmax_oracle(case, ones, *oracle.roles(case))
     assert 5e-4 < true.mean() < 2e-3
     found, gradients = run(softmax_contrastive_loss, case, ones)

@@ -29,6 +29,14 @@ def random_params(module, *inputs, scale=0.5, **options):
     return randomize(jax.eval_shape(init, jax.random.key(0), *inputs)["params"], scale=scale)
 
 
+def apply(module, params, *inputs, **options):
+    """module.apply in one compiled program: quicker on first use than operation by operation."""
+    static = {k: v for k, v in options.items() if isinstance(v, bool | str | list)}
+    rest = {k: v for k, v in options.items() if k not in static}
+    run = jax.jit(functools.partial(module.apply, **static))
+    return run({"params": params}, *inputs, **rest)
+
+
 def f64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 

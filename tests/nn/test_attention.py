@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from flax_vlm.nn import attention
 from flax_vlm.nn.attention import MultiHeadAttention, attend, choose_implementation
@@ -58,9 +59,17 @@ def test_splash_attention_is_mapped_over_the_ambient_mesh():
     mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     q, k, v = qkv(queries=3, keys=6, heads=2, head_dim=64)
     _, expected = oracle.softmax_attention(*oracle.f64([q, k, v]))
+    function = lambda *x: attend(*x, implementation="splash")  # noqa: E731
+    spec = P("data", None, "tensor")
     with jax.set_mesh(mesh):
-        out = jax.jit(lambda *x: attend(*x, implementation="splash"))(q, k, v)
+        out = jax.jit(function)(q, k, v)
+        # inside a shard_map the axes are taken: the kernel is called as it is
+        mapped = jax.shard_map(
+            function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+        )
+        again = jax.jit(mapped)(q, k, v)
     oracle.assert_close(out, expected)
+    oracle.assert_close(again, expected)
 
 
 def test_splash_attention_lowers_for_tpu_forward_and_backward():
@@ -190,14 +199,14 @@ def test_multi_head_attention_equals_the_oracle(cross):
     assert params["q"]["kernel"].shape == (12, 3, 4)
     assert params["o"]["kernel"].shape == (3, 4, 12)
     expected = oracle.attention(oracle.f64(params), x, context, mask)
-    oracle.assert_close(module.apply({"params": params}, x, context, mask=mask), expected)
+    oracle.assert_close(oracle.apply(module, params, x, context, mask=mask), expected)
 
 
 def test_attention_weights_sum_to_one_and_reproduce_the_output():
     x = np.random.default_rng(4).standard_normal((B, S, 12)).astype(np.float32)
     module = MultiHeadAttention(num_heads=3)
     params = oracle.random_params(module, x)
-    out, state = module.apply({"params": params}, x, mutable=["intermediates"])
+    out, state = oracle.apply(module, params, x, mutable=["intermediates"])
     (weights,) = state["intermediates"]["attention_weights"]
     assert weights.shape == (B, 3, S, S)
     oracle.assert_close(weights.sum(-1), np.ones((B, 3, S)))
@@ -206,7 +215,7 @@ def test_attention_weights_sum_to_one_and_reproduce_the_output():
     mixed = np.einsum("bnst,btnk->bsnk", np.asarray(weights, np.float64), v)
     expected = np.einsum("bsnk,nkd->bsd", mixed, p["o"]["kernel"]) + p["o"]["bias"]
     oracle.assert_close(out, expected)
-    oracle.assert_close(module.apply({"params": params}, x), expected)
+    oracle.assert_close(oracle.apply(module, params, x), expected)
 
 
 def test_heads_must_divide_the_width():

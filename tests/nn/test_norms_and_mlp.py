@@ -18,7 +18,7 @@ def test_layer_norm_equals_the_oracle_with_its_epsilon(eps):
     module = LayerNorm(eps)
     params = oracle.random_params(module, x)
     expected = oracle.layer_norm(oracle.f64(params), x.astype(np.float64), eps)
-    oracle.assert_close(module.apply({"params": params}, x), expected)
+    oracle.assert_close(oracle.apply(module, params, x), expected)
 
 
 def test_layer_norm_keeps_its_digits_when_the_mean_is_large():
@@ -26,14 +26,14 @@ def test_layer_norm_keeps_its_digits_when_the_mean_is_large():
     module = LayerNorm(1e-6)
     params = module.init(jax.random.key(0), x)["params"]
     expected = oracle.layer_norm(oracle.f64(params), x.astype(np.float64), 1e-6)
-    oracle.assert_close(module.apply({"params": params}, x), expected, tolerance=2e-4)
+    oracle.assert_close(oracle.apply(module, params, x), expected, tolerance=2e-4)
 
 
 def test_layer_norm_of_bfloat16_uses_float32_statistics():
     x = jnp.asarray(100 + np.random.default_rng(0).standard_normal((2, 256)), jnp.bfloat16)
     module = LayerNorm(1e-6)
     params = module.init(jax.random.key(0), x)["params"]
-    out = module.apply({"params": params}, x)
+    out = oracle.apply(module, params, x)
     assert out.dtype == jnp.bfloat16
     expected = oracle.layer_norm(oracle.f64(params), np.asarray(x, np.float64), 1e-6)
     assert np.abs(np.asarray(out, np.float64) - expected).max() < 0.02  # one rounding of the result
@@ -62,9 +62,9 @@ def test_the_mlp_equals_the_oracle_and_drops_in_training_alone():
     module = Mlp(11, activation="gelu_erf", dropout=0.5)
     params = oracle.random_params(module, x)
     expected = oracle.mlp(oracle.f64(params), x.astype(np.float64), "gelu_erf")
-    oracle.assert_close(module.apply({"params": params}, x), expected)
+    oracle.assert_close(oracle.apply(module, params, x), expected)
     rngs = {"dropout": jax.random.key(1)}
-    dropped = module.apply({"params": params}, x, deterministic=False, rngs=rngs)
+    dropped = oracle.apply(module, params, x, deterministic=False, rngs=rngs)
     assert np.abs(dropped - expected).max() > 0.1
 
 

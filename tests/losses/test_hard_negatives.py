@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from flax_vlm.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from flax_vlm.losses.contrastive_sharded import (
+    sigmoid_contrastive_loss_sharded,
+    softmax_contrastive_loss_sharded,
+    split,
+)
+from flax_vlm.losses.hard_negatives import HardNegatives, mine, number_pairs
+from flax_vlm.losses.pairs import PairRules, Pairs, arrange, draws, tile_masks
+from flax_vlm.losses.ring import Ring
+from flax_vlm.losses.ring_mining import mine_on_ring
+from tests.losses import oracle
+from tests.losses.comparison import distance, make_pairs, value_and_gradients
+
+KEY = jax.random.key(4)
+
+
+def mesh(devices):
+    return jax.make_mesh(
+        (devices, 1, 1),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:devices],
+    )
+
+
+def mined_masks(case, negatives, ring=None, rules=PairRules(), pairs=None):  # noqa: B008
+    """(row, column) negatives [B, M] that mining leaves, of the dense form or of a ring."""
+    image, text = jnp.float32(case.image), jnp.float32(case.text)
+    rows, columns = arrange(image, text, pairs or make_pairs(case))
+    rows, columns = number_pairs(rows, columns, negatives, KEY)
+    cosine = image @ text.T
+    if ring is None:
+        masks = tile_masks(*mine(rows, columns, cosine, negatives, rules), cosine, rules)
+    else:
+        embeddings, texts, sides = split(ring, rows, columns)
+        find = jax.jit(mine_on_ring, static_argnums=(0, 4, 5, 6, 7))
+        found_rows, (found_columns, *_) = find(
+            ring, embeddings, texts, sides, negatives, rules, None, True
+        )
+        b = len(image)
+        both = functools.partial(jax.tree.map, lambda x, y: jnp.concatenate([x, y[b:]]))
+        blank = {k: jnp.zeros(len(text), v.dtype) for k, v in found_columns.mined.items()}
+        column_mined = both(found_columns.mined, {**blank, **columns.mined})
+        rows.mined.update(found_rows.mined)
+        columns.mined.update(column_mined)
+        masks = tile_masks(rows, columns, cosine, rules)
+    return np.asarray(masks.row_negative), np.asarray(masks.column_negative)
+
+
+def chosen(cosine, negative, draw, negatives):
+    """The oracle [R, C]: per row the hardest, and of the others those with the highest draws."""
+    keep = np.zeros_like(negative)
+    for i in range(len(cosine)):
+        hardest = np.argsort(-np.where(negative[i], cosine[i], -np.inf))[: negatives.hard]
+        keep[i, hardest] = True
+        others = np.where(negative[i] & ~keep[i], draw[i].astype(np.float64), -np.inf)
+        keep[i, np.argsort(-others)[: negatives.random]] = True
+    return keep & negative
+
+
+def oracle_masks(case, negatives):
+    _, negative = oracle.roles(case)
+    cosine, b = case.image @ case.text.T, len(case.image)
+    draw = np.zeros(cosine.shape)
+    if negatives.random:
+        rows, columns = arrange(jnp.float32(case.image), jnp.float32(case.text), None)
+        rows, columns = number_pairs(rows, columns, negatives, KEY)
+        draw = np.asarray(draws(rows.mined["code"], columns.mined["code"]))
+    row = chosen(cosine, negative, draw, negatives)
+    column = np.zeros_like(row)
+    column[:, :b] = chosen(cosine[:, :b].T, negative[:, :b].T, draw[:, :b].T, negatives).T
+    return row, column
+
+
+MIXES = [HardNegatives(3), HardNegatives(8, 0.5), HardNegatives(4, 1.0), HardNegatives(30, 0.1)]
+
+
+@pytest.mark.parametrize("negatives", MIXES, ids=str)
+def test_the_mined_set_is_the_oracles_whatever_the_tile_and_the_devices(negatives):
+    case = oracle.batch()
+    row, column = oracle_masks(case, negatives)
+    assert row.sum(1).max() == min(negatives.k, oracle.roles(case)[1].sum(1).max())
+    rings = [None, Ring(7), Ring(2, mesh=mesh(4))]
+    if negatives == MIXES[1]:
+        rings += [Ring(1024), Ring(2, mesh=mesh(8), bidirectional=True)]
+    for ring in rings:
+        found_row, found_column = mined_masks(case, negatives, ring)
+        np.testing.assert_array_equal(found_row, row)
+        np.testing.assert_array_equal(found_column[:, : len(row)], column[:, : len(row)])
+
+
+@pytest.mark.parametrize("ring", [None, Ring(5, mesh=mesh(4))])
+def test_loss_and_gradients_on_the_mined_negatives_equal_the_oracle(ring):
+    case, negatives = oracle.batch(), HardNegatives(8, 0.5)
+    ramp = np.linspace(0.5, 2.0, len(case.image))
+    positive, _ = oracle.roles(case)
+    row, column = oracle_masks(case, negatives)
+    options = {"pairs": make_pairs(case), "negatives": negatives, "rng": KEY}
+    if ring is None:
+        forms = [sigmoid_contrastive_loss, softmax_contrastive_loss]
+    else:
+        options["ring"] = ring
+        sigmoid = functools.partial(sigmoid_contrastive_loss_sharded, any_cotangent=True)
+        forms = [sigmoid, softmax_contrastive_loss_sharded]
+    truths = [
+        oracle.sigmoid_oracle(case, ramp, positive, row),
+        oracle.softmax_oracle(case, ramp, positive, row, column_negative=column),
+    ]
+    truths[1][1]["bias"] = 0.0
+    for form, truth in zip(forms, truths, strict=True):
+        found = value_and_gradients(lambda *a, f=form: f(*a, **options), case, ramp)
+        assert distance(found, truth) < 1e-6
+
+
+@pytest.mark.parametrize("k", [0, 39, 1000])
+def test_no_limit_and_a_limit_of_all_give_the_plain_loss(k):
+    case = oracle.batch()
+    arguments = [jnp.float32(x) for x in (case.image, case.text, case.scale, case.bias)]
+    options = {"pairs": make_pairs(case), "negatives": HardNegatives(k, 0.25), "rng": KEY}
+    for dense, sharded in (
+        (sigmoid_contrastive_loss, sigmoid_contrastive_loss_sharded),
+        (softmax_contrastive_loss, softmax_contrastive_loss_sharded),
+    ):
+        plain = dense(*arguments, pairs=make_pairs(case))
+        np.testing.assert_allclose(dense(*arguments, **options), plain, rtol=1e-6)
+        found = sharded(*arguments, **options, ring=Ring(5))
+        np.testing.assert_allclose(found, plain, rtol=2e-6)
+
+
+def test_a_limit_that_some_rows_cannot_fill_keeps_all_that_they_have():
+    case = oracle.batch(b=24, m=24)  # every third text has one id: those rows have 15 negatives
+    row, _ = mined_masks(case, HardNegatives(20, 0.5), Ring(5))
+    np.testing.assert_array_equal(row.sum(1), np.minimum(oracle.roles(case)[1].sum(1), 20))
+    assert len(set(row.sum(1))) > 2
+
+
+def planted(twins=3, groups=16, e=48):
+    """Each image's own text, its twins (near texts of another id) and its duplicates (the same id)."""
+    rng = np.random.default_rng(0)
+    centre = oracle.unit(rng.normal(size=(groups, e)))
+    near = lambda spread: oracle.unit(centre + spread * rng.normal(size=centre.shape))  # noqa: E731
+    matched = near(0.02)
+    planted_twins = [near(0.06) for _ in range(twins)]
+    duplicates = [near(0.01) for _ in range(2)]
+    text = np.concatenate([matched, *planted_twins, *duplicates])
+    text_id = np.concatenate([np.arange(groups * (1 + twins)), *[np.arange(groups)] * 2])
+    return oracle.Case(centre, text, 20.0, -3.0), text_id.astype(np.int32)
+
+
+@pytest.mark.parametrize("ring", [None, Ring(7, mesh=mesh(4))])
+def test_planted_twins_are_found_and_planted_duplicates_never_leak(ring):
+    case, text_id = planted()
+    group = np.arange(len(text_id)) % 16
+    number = np.arange(len(text_id)) // 16
+    own = group[None, :] == np.arange(16)[:, None]
+    twins, duplicates = own & (number >= 1) & (number <= 3), own & (number >= 4)
+    pairs = Pairs(text_id=jnp.asarray(text_id))
+    row, _ = mined_masks(case, HardNegatives(3), ring, pairs=pairs)
+    assert row[twins].all() and not row[duplicates].any()
+    np.testing.assert_array_equal(row, twins)
+    unguarded, _ = mined_masks(case, HardNegatives(3), ring, PairRules("negative"), pairs)
+    assert unguarded[duplicates].mean() > 0.9
+    ceiling, _ = mined_masks(case, HardNegatives(3), ring, PairRules(ceiling=0.97), Pairs())
+    assert ceiling[twins].all() and not ceiling[duplicates].any()
+
+
+def test_random_negatives_change_with_the_key_alone():
+    case, negatives = oracle.batch(), HardNegatives(6, 1.0)
+    arguments = [jnp.float32(x) for x in (case.image, case.text, case.scale, case.bias)]
+    loss = functools.partial(
+        sigmoid_contrastive_loss, *arguments, pairs=make_pairs(case), negatives=negatives
+    )
+    np.testing.assert_array_equal(loss(rng=KEY), loss(rng=KEY))
+    assert (np.asarray(loss(rng=KEY)) != np.asarray(loss(rng=jax.random.key(5)))).mean() > 0.9
+    with pytest.raises(ValueError, match="random negatives need an rng"):
+        loss()
+
+
+def test_draws_are_uniform_and_independent_between_rows():
+    case = oracle.batch(b=96, m=512, masks=False)
+    rows, columns = arrange(jnp.float32(case.image), jnp.float32(case.text), None)
+    rows, columns = number_pairs(rows, columns, HardNegatives(4, 1.0), KEY)
+    draw = np.asarray(draws(rows.mined["code"], columns.mined["code"])) / 2**31
+    assert abs(draw.mean()) < 0.01 and abs((draw**2).mean() - 1 / 3) < 0.01
+    between = np.corrcoef(draw)[np.triu_indices(96, 1)]
+    assert abs(between).max() < 0.25 and abs(between.std() * np.sqrt(512) - 1) < 0.1
