@@ -17,11 +17,11 @@ TEMPLATES = ("a photo of the digit {}", "a handwritten {}", "the number {}")
 def get_config():
     """Returns the recipe."""
     config = defaults()
-    config.steps = 1500
+    config.steps = 1200
     config.batch_size = 128
     config.log_every = 20
     config.ema_decay = 0.99
-    config.checkpoint.every = 500
+    config.checkpoint.every = 400
     config.data.name = "digits"
     config.data.image_size = 16
     config.data.train_ops = (
@@ -32,7 +32,7 @@ def get_config():
     config.data.eval_ops = ({"name": "resize", "size": 16},)
     config.data.text.length = 16
     config.data.text.vocab_size = 384
-    tower = {"width": 64, "depth": 4, "mlp_dim": 256, "num_heads": 4}
+    tower = {"width": 64, "depth": 3, "mlp_dim": 256, "num_heads": 4}
     config.model = {
         "name": "siglip",
         "embed_dim": 64,
@@ -42,7 +42,7 @@ def get_config():
     config.objective = {"name": "contrastive", "pair_loss": "sigmoid", "same_text": "positive"}
     config.optimizer = {
         "name": "adamw",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "b2": 0.95,
         "weight_decay": 0.05,
         "grad_clip": 1.0,
@@ -51,10 +51,9 @@ def get_config():
     config.evals = {
         "zero_shot": {
             "name": "zero_shot",
-            "every": 500,
+            "every": 400,
             "data": {"split": "test"},
             "templates": TEMPLATES,
         },
-        "retrieval": {"name": "retrieval", "data": {"split": "test"}},
     }
     return sealed(config)

@@ -12,7 +12,7 @@ from configs.defaults import defaults, sealed
 def get_config():
     """Returns the recipe."""
     config = defaults()
-    config.steps = 3000
+    config.steps = 2400
     config.batch_size = 128
     config.log_every = 20
     config.checkpoint.every = 500
@@ -32,7 +32,7 @@ def get_config():
     config.objective = {"name": "contrastive", "pair_loss": "sigmoid", "same_text": "ignore"}
     config.optimizer = {
         "name": "adamw",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "b2": 0.95,
         "weight_decay": 0.05,
         "grad_clip": 1.0,
@@ -40,7 +40,7 @@ def get_config():
     }
     test = {"split": "test"}
     config.evals = {
-        "retrieval": {"name": "retrieval", "every": 1000, "data": test},
-        "swapped": {"name": "two_choice", "every": 1000, "data": test},
+        "retrieval": {"name": "retrieval", "every": 800, "data": test},
+        "swapped": {"name": "two_choice", "every": 800, "data": test},
     }
     return sealed(config)

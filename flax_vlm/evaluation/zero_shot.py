@@ -17,10 +17,18 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from flax_vlm.build import lookup
-from flax_vlm.evaluation import scores
+from flax_vlm.evaluation import pictures, scores
 from flax_vlm.evaluation.base import Predictor, embed_texts, predict_all
-from flax_vlm.evaluation.classification import class_metrics, draw_predictions, labelled
+from flax_vlm.evaluation.classification import (
+    class_metrics,
+    draw_predictions,
+    evenly_spaced,
+    images_of,
+    labelled,
+)
 
 if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset
@@ -40,6 +48,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "{}",
     ),
 }
+
+
+MAX_CLASSES_SHOWN = 10  # rows and columns of similarity.png
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +85,7 @@ class ZeroShot:
             )
 
     def run(self, predictor: Predictor, folder: pathlib.Path | None) -> dict[str, float]:
-        """Returns what `class_metrics` reports; writes predictions.png."""
+        """Returns what `class_metrics` reports; writes predictions.png and similarity.png."""
         prompts = self.prompts()
         texts = embed_texts(predictor, self.dataset.preprocess, sum(prompts, []), self.batch_size)
         classes = scores.class_embeddings(texts.reshape(len(prompts), -1, texts.shape[-1]))
@@ -93,7 +104,24 @@ class ZeroShot:
                 self.num_pictures,
                 f"Zero-shot: {100 * metrics['accuracy']:.1f} % of {len(rank):,} test images",
             )
+            self._draw_similarity(folder, rows, similarity)
         return metrics
+
+    def _draw_similarity(
+        self, folder: pathlib.Path, rows: dict[str, np.ndarray], similarity: np.ndarray
+    ) -> None:
+        """Writes the similarity of one image of each class with the prompts of each class."""
+        classes, first = np.unique(rows["label"], return_index=True)
+        chosen = evenly_spaced(MAX_CLASSES_SHOWN, len(classes))
+        classes, first = classes[chosen], first[chosen]
+        names = self._names()
+        figure = pictures.similarity_matrix(
+            images_of(self.dataset, rows["index"][first]),
+            [names[c] for c in classes],
+            similarity[np.ix_(first, classes)],
+            title="Cosine similarity of one test image of each class and the prompts",
+        )
+        pictures.save_figure(figure, folder / "similarity.png")
 
     def prompts(self) -> list[list[str]]:
         """Returns the prompts of every class, one per template."""

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The workdir of a run: what lies where, and whether a config may resume what lies there.
 
-config.json        resolved config            tokenizer.json     the tokenizer that was trained
-metrics.jsonl      one row per logged step     timings.jsonl      wall time by activity, per start
-checkpoints/STEP/  Orbax                       eval/STEP.json     metrics; eval/STEP/NAME/*.png pictures
-tensorboard/       events                      trace/             profiler traces
+config.json         resolved config
+tokenizer.json      the tokenizer, readable by the `tokenizers` library alone
+metrics.jsonl       one row per logged step
+timings.jsonl       wall time by activity, one row per start
+checkpoints/STEP/   Orbax
+eval/STEP.json      what the evaluators found; their pictures in eval/STEP/NAME/
+training_curve.png  both over steps
+tensorboard/        events
+trace/              profiler traces
 """
 
 from __future__ import annotations

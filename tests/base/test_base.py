@@ -69,7 +69,7 @@ def make_thing(size, *, color="red", given=None):
     ("spec", "message"),
     [
         ({"name": "think", "size": 1}, "unknown thing 'think', choose .*; did you mean"),
-        ({"name": "thing", "size": 1, "colour": 2}, "unknown key .'colour'. for thing 'thing', its"),
+        ({"name": "thing", "size": 1, "colour": 2}, "unknown key .'colour'. for thing 'thing'"),
         ({"size": 1}, "needs a key 'name'"),
     ],
 )  # fmt: skip

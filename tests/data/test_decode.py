@@ -51,6 +51,7 @@ def frames(kind: str, **options) -> bytes:
 BROKEN = {
     "empty file": (b"", "empty"),
     "no pixels": (np.zeros((0, 5, 3), np.uint8), "empty"),
+    "no rows": (Image.new("RGB", (5, 0)), "empty"),
     "0 x 0 in the header": (png(0, 0), ("empty", "not_an_image", "damaged")),
     "truncated JPEG": (JPEG[: len(JPEG) // 2], "damaged"),
     "truncated PNG": (PNG[: len(PNG) // 2], "damaged"),

@@ -31,6 +31,12 @@ def test_any_text_survives_encoding_and_decoding(tokenizer):
     assert not truncated.any()
 
 
+def test_decoding_stops_at_the_end_token(tokenizer):
+    first, second = (tokenizer.encode([text], 4)[0][0, :1].tolist() for text in "ab")
+    assert tokenizer.decode([*first, tokenizer.eos_id, *second]) == "a"
+    assert tokenizer.decode([*first, tokenizer.pad_id, *second]) == "ab"
+
+
 def test_row_is_the_text_its_end_token_and_padding(tokenizer):
     ids, mask, _ = tokenizer.encode([TEXTS[0], "a", ""], 50)
     lengths = mask.sum(1)

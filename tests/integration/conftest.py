@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny run that several tests share: built once per session."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "configs/siglip_digits.py"
 
 # Small enough to train in seconds; still every part of a real run.
 TINY = {
@@ -37,10 +39,22 @@ def overrides(values):
 
 def program(name, *arguments, timeout=300, env=None, **kwargs):
     """Runs train.py or eval.py as a person would."""
-    import os
-
     return subprocess.run(
         [sys.executable, name, *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})}, **kwargs,
     )  # fmt: skip
+
+
+def train(folder, data_dir, *extra, config=CONFIG, **values):
+    flags = overrides({**TINY, "data.dir": data_dir, **values})
+    return program("train.py", "--config", config, "--workdir", folder, *flags, *extra)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_dir):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train(folder, data_dir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout

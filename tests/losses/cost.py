@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts matrix products of a jaxpr; run as a program, measures compiled memory on 64 virtual devices."""
+"""Counts matrix products of a jaxpr; as a program, measures memory on 64 virtual devices."""
 
 import json
 import math
@@ -42,10 +42,15 @@ def inner(parameters):
     return [getattr(x, "jaxpr", x) for x in leaves if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
 
 
+def on_rows(local, mesh):
+    specs = (P(BATCH), P(BATCH), P(), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))
+
+
 def naive_ring(image, text, scale, bias, *, mesh):
     """The sigmoid loss on a ring as one would write it, differentiated by JAX."""
 
-    def local(image, text):
+    def local(image, text, scale, bias):
         n, rows = lax.axis_size(BATCH), jnp.arange(len(image))
         order = [(i, (i + 1) % n) for i in range(n)]
 
@@ -59,35 +64,35 @@ def naive_ring(image, text, scale, bias, *, mesh):
         zero = lax.pcast(jnp.zeros(len(image)), BATCH, to="varying")
         return lax.scan(body, (text, zero), jnp.arange(n))[0][1]
 
-    return jax.shard_map(local, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))(image, text)
+    return on_rows(local, mesh)(image, text, scale, bias)
 
 
 def gather_softmax(image, text, scale, bias, *, mesh):
     """open_clip --local-loss --gather-with-grad: both directions against gathered features."""
 
-    def local(image, text):
+    def local(image, text, scale, bias):
         match = lax.axis_index(BATCH) * len(image) + jnp.arange(len(image))
 
         def direction(mine, other):
-            x = scale * mine @ lax.all_gather(other, BATCH, tiled=True).T
+            x = scale * (mine @ lax.all_gather(other, BATCH, tiled=True).T)
             own = jnp.take_along_axis(x, match[:, None], 1)[:, 0]
             return jax.nn.logsumexp(x, 1) - own
 
         return (direction(image, text) + direction(text, image)) / 2
 
-    return jax.shard_map(local, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))(image, text)
+    return on_rows(local, mesh)(image, text, scale, bias)
 
 
 def gather_sigmoid(image, text, scale, bias, *, mesh):
     """The sigmoid loss of this device's images against gathered texts."""
 
-    def local(image, text):
+    def local(image, text, scale, bias):
         match = lax.axis_index(BATCH) * len(image) + jnp.arange(len(image))
-        x = scale * image @ lax.all_gather(text, BATCH, tiled=True).T + bias
+        x = scale * (image @ lax.all_gather(text, BATCH, tiled=True).T) + bias
         sign = jnp.where(match[:, None] == jnp.arange(x.shape[1])[None, :], -1.0, 1.0)
         return jax.nn.softplus(sign * x).sum(1)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))(image, text)
+    return on_rows(local, mesh)(image, text, scale, bias)
 
 
 def measure():
@@ -112,7 +117,9 @@ def measure():
         )
         loss = forms.get(name) or others[name]
         lowered = lower_loss_and_gradients(loss, mesh, batch=rows * devices, width=width)
-        found[f"{name} {devices} x {rows} x {width}"] = bytes_per_device(lowered.compile())
+        compiled = lowered.compile()
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        found[f"{name} {devices} x {rows} x {width}"] = bytes_per_device(compiled), temporaries
     return found
 
 

@@ -3,6 +3,7 @@
 they are tried on."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -44,8 +45,9 @@ def batch(b=24, m=40, e=6, *, scale=9.0, bias=-3.0, seed=0, masks=True, signal=1
     return Case(image, text, scale, bias, text_id, example_mask, extra_mask)
 
 
+@functools.cache
 def easy_batch(b=256, e=768, *, scale=100.0, loss=1e-3, shared=0.2, seed=0):
-    """Every row has about the given loss; cosines near `shared` off the diagonal; float32 numbers."""
+    """Every row has about the given loss; other cosines are near `shared`; float32 numbers."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(rng.normal(size=(e, 2 * b + 1)))[0].T
     own, other, common = basis[:b], basis[b:-1], np.sqrt(shared) * basis[-1:]

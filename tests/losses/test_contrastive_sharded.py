@@ -46,15 +46,12 @@ def ramp(case):
     return np.linspace(0.5, 2.0, len(case.image))
 
 
-# 24 images, 38 texts: the last tile is uneven in all of them, the extra texts are padded on 4 and 8
+# 24 images, 38 texts: most last tiles are uneven, the 14 extra texts are padded on 4 and 8 devices
 SETUPS = [
-    pytest.param(Ring(5, mesh=mesh(1)), {}, id="1 device"),
-    pytest.param(
-        Ring(1024, mesh=mesh(2)), {"same_text": "positive"}, id="2 devices, extra positives"
-    ),
-    pytest.param(Ring(4, mesh=mesh(4), bidirectional=True), {"ceiling": 0.4}, id="4, both ways"),
-    pytest.param(Ring(2, mesh=mesh(8)), {}, id="8 devices"),
-    pytest.param(Ring(5, mesh=mesh(4, 2)), {"same_text": "negative"}, id="4 x 2 tensor"),
+    pytest.param(Ring(5, mesh=mesh(1)), {"same_text": "negative"}, id="1"),
+    pytest.param(Ring(1024, mesh=mesh(2, 2)), {"same_text": "positive"}, id="2 x 2 tensor"),
+    pytest.param(Ring(4, mesh=mesh(4), bidirectional=True), {"ceiling": 0.4}, id="4 both ways"),
+    pytest.param(Ring(2, mesh=mesh(8)), {}, id="8"),
 ]
 
 
@@ -92,8 +89,7 @@ def test_hn_nce_equals_its_definition_with_explicit_weights(through):
     assert distance(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_distillation_equals_the_dense_oracle(devices):
+def test_distillation_equals_the_dense_oracle():
     case, taught = oracle.batch(m=38), oracle.batch(m=38, e=9, scale=5.0, seed=3)
     expected = oracle.distillation_oracle(case, taught, ramp(case))
     expected[1]["bias"] = 0.0
@@ -106,7 +102,7 @@ def test_distillation_equals_the_dense_oracle(devices):
                 ramp(case),
                 dtype,
                 teacher=teacher,
-                ring=Ring(4, mesh=mesh(devices)),
+                ring=Ring(4, mesh=mesh(4)),
             )
         assert distance(found, expected) < limit
 
@@ -137,13 +133,11 @@ def test_a_batch_of_padding_alone_has_zero_loss_and_gradients(loss):
     assert not any(np.any(x) for x in (each, *gradients.values()))
 
 
-@pytest.mark.parametrize("rules", [PairRules(), PairRules("positive"), PairRules(ceiling=-0.99)])
+@pytest.mark.parametrize("rules", [PairRules("positive"), PairRules(ceiling=-0.99)])
 def test_rows_without_any_negative_stay_finite(rules):
     case = dataclasses.replace(oracle.batch(b=8, m=16), text_id=np.zeros(16, np.int32))
-    options = {"ring": Ring(3, mesh=mesh(2)), "rules": rules}
-    for loss in (SIGMOID, SOFTMAX):
-        each, gradients = run(loss, case, np.ones(8), **options)
-        assert all(np.isfinite(x).all() for x in (each, *gradients.values()))
+    each, gradients = run(SOFTMAX, case, np.ones(8), ring=Ring(3, mesh=mesh(2)), rules=rules)
+    assert all(np.isfinite(x).all() for x in (each, *gradients.values()))
 
 
 def test_the_softmax_loss_is_accurate_at_scale_100_and_a_tiny_loss():
@@ -168,10 +162,11 @@ def test_identical_pairs_at_scale_100_stay_finite(loss):
     np.testing.assert_allclose(each, 7 * 90.0 if loss is SIGMOID else np.log(8), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(256, 10.012), (4096, 10.186), (32768, 11.488)])
+@pytest.mark.parametrize(("batch", "expected"), [(256, 10.012), (32768, 11.488)])
 def test_the_published_initialisation_has_the_published_loss(batch, expected):
     image, text = jnp.eye(1, 4).repeat(8, 0), jnp.eye(1, 4, 1).repeat(batch, 0)  # cosine 0
-    each = sigmoid_contrastive_loss_sharded(image, text, 10.0, -10.0, ring=Ring(mesh=mesh(8)))
+    loss = jax.jit(functools.partial(sigmoid_contrastive_loss_sharded, ring=Ring(mesh=mesh(8))))
+    each = loss(image, text, 10.0, -10.0)
     np.testing.assert_allclose(each, expected, atol=1e-3)
 
 
@@ -181,10 +176,9 @@ def test_a_config_picks_the_form_and_nothing_else_changes(name):
     common = {"name": name, "hard_negatives": 6, "random_share": 0.5, "ceiling": 0.9}
     arguments = [jnp.float32(x) for x in (case.image, case.text, case.scale, case.bias)]
     options = {"pairs": make_pairs(case), "rng": jax.random.key(1)}
-    dense = build(LOSSES, common, "loss")(*arguments, **options)
+    dense = jax.jit(build(LOSSES, common, "loss"))(*arguments, **options)
     sharded = build(LOSSES, {**common, "form": "sharded", "tile": 5}, "loss")
-    np.testing.assert_allclose(sharded(*arguments, **options, mesh=mesh(4)), dense, rtol=2e-6)
-    with jax.set_mesh(mesh(8)):  # the mesh of the training step, not named in the call
+    with jax.set_mesh(mesh(4)):  # the mesh of the training step, not named in the call
         np.testing.assert_allclose(jax.jit(sharded)(*arguments, **options), dense, rtol=2e-6)
 
 
@@ -213,8 +207,9 @@ def test_bfloat16_embeddings_are_multiplied_as_such_and_summed_in_float32():
         return loss(image, text, scale, bias, pairs=make_pairs(case)).sum()
 
     ring = Ring(3, mesh=mesh(4))
-    found = jax.value_and_grad(total, (1, 2, 3))(functools.partial(SOFTMAX, ring=ring), *arguments)
-    true = jax.value_and_grad(total, (1, 2, 3))(softmax_contrastive_loss, *arguments)
+    run_both = jax.jit(jax.value_and_grad(total, (1, 2, 3)), static_argnums=0)
+    found = run_both(functools.partial(SOFTMAX, ring=ring), *arguments)
+    true = run_both(softmax_contrastive_loss, *arguments)
     np.testing.assert_allclose(found[0], true[0], rtol=1e-5)
     for ours, dense in zip(found[1], true[1], strict=True):
         assert ours.dtype == dense.dtype
@@ -229,5 +224,6 @@ def test_the_positive_index_says_which_text_matches():
     ring = Ring(3, mesh=mesh(2))
     plain = run(SOFTMAX, case, np.ones(8), ring=ring)
     arguments = [jnp.float32(x) for x in (shuffled.image, shuffled.text, case.scale)]
-    found = SOFTMAX(*arguments, pairs=Pairs(positive=jnp.asarray(order, jnp.int32)), ring=ring)
+    pairs = Pairs(positive=jnp.asarray(order, jnp.int32))
+    found = jax.jit(functools.partial(SOFTMAX, pairs=pairs, ring=ring))(*arguments)
     np.testing.assert_allclose(found, plain[0], rtol=1e-6)

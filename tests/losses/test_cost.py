@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sharded losses cost: bytes per device as the compiler counts them, and matrix products."""
+"""What the sharded losses cost: bytes per device by the compiler's count, matrix products."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ def sharded(name, **options):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Bytes per device by case, of programs compiled for up to 64 virtual devices and never run."""
+    """(bytes per device, temporaries among them) by case, compiled for 64 devices, never run."""
     found = subprocess.run(
         [sys.executable, "-m", "tests.losses.cost"], capture_output=True, text=True, timeout=300
     )
@@ -37,35 +37,39 @@ def measured():
     return json.loads(found.stdout.splitlines()[-1])
 
 
+BOUND = 7.5 * 4 * 512 * 4096 + 3 * 4 * 256**2
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_memory_is_at_most_seven_and_a_half_embeddings_and_a_few_tiles(measured, name):
     for devices in (1, 8, 64):
-        found = measured[f"{name} {devices} x 4096 x 512"]
-        assert found <= 7.5 * 4 * 512 * 4096 + 6 * 4 * 256**2
+        assert measured[f"{name} {devices} x 4096 x 512"][0] <= BOUND
 
 
 @pytest.mark.parametrize("name", UNITS)
 def test_memory_does_not_grow_from_8_to_64_devices(measured, name):
-    few, many = (measured[f"{name} {devices} x 4096 x 512"] for devices in (8, 64))
+    few, many = (measured[f"{name} {devices} x 4096 x 512"][0] for devices in (8, 64))
     assert abs(many / few - 1) < 0.05
 
 
 def test_memory_is_linear_in_the_rows_per_device(measured):
-    one, four = measured["softmax 8 x 4096 x 512"], measured["softmax 8 x 16384 x 512"]
+    one, four = (measured[f"softmax 8 x {rows} x 512"][0] for rows in (4096, 16384))
     assert 3.8 < four / one < 4.1
 
 
-def test_memory_is_far_below_the_gather_form_at_256k_rows(measured):
-    ring, gather = (measured[f"{form} 8 x 32768 x 768"] for form in ("softmax", "gather softmax"))
-    assert gather / ring > 200
-    # the sigmoid's gather form keeps less, so with arguments and results counted the ratio is 167
-    ring, gather = (measured[f"{form} 8 x 32768 x 768"] for form in ("sigmoid", "gather sigmoid"))
-    assert gather / ring > 150
+# the gather form of the sigmoid keeps one matrix of logits, that of the softmax two
+@pytest.mark.parametrize(
+    ("name", "in_all", "in_temporaries"), [("softmax", 200, 500), ("sigmoid", 150, 400)]
+)
+def test_memory_is_far_below_the_gather_form_at_256k_rows(measured, name, in_all, in_temporaries):
+    ring, gather = (measured[f"{form}{name} 8 x 32768 x 768"] for form in ("", "gather "))
+    assert gather[0] / ring[0] > in_all
+    assert gather[1] / ring[1] > in_temporaries
 
 
 def test_the_ring_that_autodiff_differentiates_breaks_the_same_bound(measured):
-    few, many = (measured[f"naive ring {devices} x 4096 x 512"] for devices in (8, 64))
-    assert few > 7.5 * 4 * 512 * 4096 + 6 * 4 * 256**2
+    few, many = (measured[f"naive ring {devices} x 4096 x 512"][0] for devices in (8, 64))
+    assert few > BOUND
     assert many / few > 4
 
 

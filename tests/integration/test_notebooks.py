@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notebooks run from top to bottom, on a tiny model."""
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+import flax_vlm
+from tests.integration.conftest import ROOT
+
+
+def test_the_quickstart_notebook_runs(finished, data_dir, monkeypatch):
+    monkeypatch.setenv("FLAX_VLM_WORKDIR", str(finished[0]))
+    monkeypatch.setenv("FLAX_VLM_DATA_DIR", data_dir)
+    notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": ROOT}})
+    client.execute()
+    figures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(figures) == 3, "predictions, similarity, attention"
+
+
+def test_a_loaded_model_embeds_classifies_and_predicts(finished):
+    vlm = flax_vlm.load(finished[0])
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, shape, dtype=np.uint8) for shape in [(8, 8), (20, 30, 3), (9, 8, 3)]
+    ]
+    embedded, texts = vlm.embed_image(images), vlm.embed_text(["a five", "seven"])
+    assert embedded.shape == (3, 16) and texts.shape == (2, 16)
+    assert embedded.dtype == texts.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1.0, rtol=1e-5)
+    probabilities = vlm.classify(images, ["one", "two", "three"])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    # the rows do not depend on how many are computed at once
+    np.testing.assert_allclose(vlm.embed_image(images[1:2])[0], embedded[1], atol=2e-6)
+    # predict takes pixels, or floats that are normalised already
+    pixels = vlm.processor.images(images)
+    normalised = ((pixels / 255.0 - 0.5) / 0.5).astype(np.float32)
+    same = vlm.predict("image_embedding", {"image": normalised})
+    np.testing.assert_allclose(same, embedded, atol=2e-5)
+    assert vlm.predict("image_tokens", {"image": pixels}).shape == (3, 16, 16)
+    assert vlm.config["steps"] == 12 and vlm.params["logit_scale"].shape == ()
+
+
+def test_wrong_uses_of_a_loaded_model_are_explained(finished, tmp_path):
+    vlm = flax_vlm.load(finished[0])
+    with pytest.raises(ValueError, match="unknown prediction 'embedding', choose one of"):
+        vlm.predict("embedding", {})
+    with pytest.raises(ValueError, match="image 1 could not be read"):
+        vlm.embed_image([np.zeros((8, 8, 3), np.uint8), b"no image"])
+    with pytest.raises(ValueError, match="must hold config.json"):
+        flax_vlm.load(tmp_path)
+    with pytest.raises(ValueError, match="needs the workdir of a run"):
+        flax_vlm.load("google/siglip-base-patch16-224")
