@@ -21,6 +21,7 @@ setup(
     package_data={"flax_vlm": ["**/*.json"]},
     install_requires=[
         "absl-py",
+        "filelock",
         "array-record",
         "flax>=0.12.8",
         "grain>=0.2.18",

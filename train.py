@@ -61,6 +61,18 @@ def start(run) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a wrong config key ends the program with the keys that there are."""
     # absl spells it --dry_run, people --dry-run
-    app.run(main, argv=[arg.replace("--dry-run", "--dry_run") for arg in sys.argv])
+    argv = [arg.replace("--dry-run", "--dry_run") for arg in argv]
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        from flax_vlm import report
+
+        print(report.wrong_key(argv, error), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

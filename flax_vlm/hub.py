@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from flax_vlm.data.images import REASONS
 from flax_vlm.data.pipeline import Preprocess
@@ -50,7 +50,7 @@ def load(source: str | os.PathLike, batch_size: int = 64) -> LoadedModel:
         objective=build_objective(config["model"], config["objective"]),
         params=params,
         extras=extras,
-        config=FrozenConfigDict(ConfigDict(config)),
+        config=ConfigDict(config).lock(),
         processor=Processor(build_preprocess(config["data"], tokenizer, train=False)),
         step=step,
         batch_size=batch_size,
@@ -115,7 +115,7 @@ class LoadedModel:
     objective: Objective
     params: Params
     extras: dict[str, Any]
-    config: Mapping[str, Any]
+    config: ConfigDict
     processor: Processor
     step: int
     batch_size: int = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+import runpy
+from collections.abc import Mapping, Sequence
 
 from flax_vlm import trees
 from flax_vlm.experiment import Experiment
@@ -58,6 +59,29 @@ def published_table() -> str:
     for row in parameter_counts():
         lines.append(f"{row.name:<34}{row.ours:>16,}{row.published:>16,}  {row.source}")
     return "\n".join(lines)
+
+
+def wrong_key(argv: Sequence[str], error: Exception) -> str:
+    """Returns what is wrong with `--config.a.b=value` flags that could not be parsed.
+
+    Args:
+        argv: the program's arguments; --config names the recipe.
+        error: what parsing raised, the message where no key is unknown.
+    """
+    flags = dict(zip(argv, [*argv[1:], ""], strict=True))  # "--config x" as well as "--config=x"
+    flags |= dict(arg.split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
+    path, _, argument = flags["--config"].partition(":")
+    recipe = runpy.run_path(path)["get_config"]
+    config = recipe(argument) if argument else recipe()
+    for flag in (f for f in flags if f.startswith("--config.")):
+        node, walked = config, "config"
+        for key in flag.removeprefix("--config.").split("."):
+            if not hasattr(node, "keys"):
+                break
+            if key not in node:
+                return f"unknown key {flag}, {walked} has {sorted(node.keys())}"
+            node, walked = node[key], f"{walked}.{key}"
+    return f"a flag could not be read: {error}"
 
 
 def finished(workdir: pathlib.Path) -> str:

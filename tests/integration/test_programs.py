@@ -108,13 +108,19 @@ def test_sigterm_saves_and_exits_with_the_documented_code(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.stepz=3"], "stepz"),
+        (
+            ["--config.stepz=3"],
+            "unknown key --config.stepz, config has ['batch_size', 'checkpoint'",
+        ),
+        (["--config.mesh.tensr=3"], "--config.mesh.tensr, config.mesh has ['data', 'fsdp',"),
+        (["--config.steps=many"], "--config.steps"),
         (["--config.optimizer.name=adam"], "unknown optimizer 'adam', choose one of"),
         (["--config.model.image.patch_size=5"], "patch_size 5 must divide the image, got 16 x 16"),
         (["--config.mesh.data=3"], "must equal the number of devices, got 3 x 1 x 1 = 3 for 1"),
         (["--config.data.name=digit"], "unknown dataset 'digit', choose one of"),
         (["--config.nonfinite=ignore"], "nonfinite must be 'stop' or 'skip', got 'ignore'"),
-        (["--config.data.split=all"], "split"),
+        (["--config.data.split=validation"], "validation"),
+        (["--config.data.train_ops=()"], "must end with (16, 16, 3) uint8"),
     ],
 )
 def test_bad_settings_get_one_clear_message(tmp_path, data_dir, flags, message):

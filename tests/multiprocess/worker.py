@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run, with two virtual devices: worker.py RANK COUNT PORT -- flags of train.py."""
+"""One process of a run, with two virtual devices: RANK COUNT PORT -- flags of train.py."""
 
 import runpy
 import sys

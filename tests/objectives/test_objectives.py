@@ -19,9 +19,8 @@ TOWER = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)]
 TEXT = {"name": "text_encoder", "vocab_size": 40, "length": 6, "dropout": 0.1, **TOWER}
 IMAGE = {"name": "vit", "image_size": 8, "patch_size": 4, **TOWER}
-SIGLIP = {
-    "name": "siglip", "embed_dim": 16, "image": {**IMAGE, "pool": "map", "dropout": 0.1}, "text": TEXT,
-}  # fmt: skip
+MAP_IMAGE = {**IMAGE, "pool": "map", "dropout": 0.1}
+SIGLIP = {"name": "siglip", "embed_dim": 16, "image": MAP_IMAGE, "text": TEXT}
 CLIP = {
     "name": "clip", "embed_dim": 16, "image": {**IMAGE, "patch_dropout": 0.5},
     "text": {**TEXT, "eos_id": 1, "pooling": "eos", "is_causal": True},
