@@ -68,7 +68,8 @@ def wrong_key(argv: Sequence[str], error: Exception) -> str:
         argv: the program's arguments; --config names the recipe.
         error: what parsing raised, the message where no key is unknown.
     """
-    flags = dict(zip(argv, [*argv[1:], ""], strict=True))  # "--config x" as well as "--config=x"
+    pairs = zip(argv, [*argv[1:], ""], strict=True)  # "--config x" as well as "--config=x"
+    flags = {flag: value for flag, value in pairs if "=" not in flag}
     flags |= dict(arg.split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
     path, _, argument = flags["--config"].partition(":")
     recipe = runpy.run_path(path)["get_config"]

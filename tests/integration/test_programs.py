@@ -25,7 +25,7 @@ def rows(folder):
 def test_a_run_prints_its_result_its_pictures_and_how_to_load_it(finished):
     folder, printed = finished
     results = json.loads((folder / "eval" / "12.json").read_text())
-    assert f"zero_shot/accuracy                {results['zero_shot/accuracy']:.4f}" in printed
+    assert f"{'zero_shot/accuracy':<32}{results['zero_shot/accuracy']:.4f}" in printed
     for name in ("zero_shot/predictions.png", "zero_shot/similarity.png"):
         assert str(folder / "eval" / "12" / name) in printed
         assert (folder / "eval" / "12" / name).read_bytes().startswith(b"\x89PNG")
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_exits_with_the_documented_code(tmp_path, data_dir):
     [
         (
             ["--config.stepz=3"],
-            "unknown key --config.stepz, config has ['batch_size', 'checkpoint'",
+            "unknown key --config.stepz, config has ['batch_size',",
         ),
         (["--config.mesh.tensr=3"], "--config.mesh.tensr, config.mesh has ['data', 'fsdp',"),
         (["--config.steps=many"], "--config.steps"),
@@ -134,24 +134,24 @@ def test_a_workdir_of_another_config_is_refused_with_the_differences(finished, d
     before = (folder / "config.json").read_bytes()
     done = train(folder, data_dir, **{"optimizer.lr": 0.5, "seed": 7})
     assert done.returncode == 1 and "written by another config" in done.stderr
-    assert "optimizer.lr: 0.001 in the workdir, 0.5 now" in done.stderr
+    assert "optimizer.lr: 0.002 in the workdir, 0.5 now" in done.stderr
     assert "seed: 0 in the workdir, 7 now" in done.stderr
     assert (folder / "config.json").read_bytes() == before
 
 
-def test_a_full_disk_stops_with_a_message_and_the_last_step_intact(tmp_path, data_dir):
-    first = train(tmp_path, data_dir)
-    assert first.returncode == 0
+def test_a_full_disk_stops_with_a_message_and_resumes_when_there_is_room(tmp_path, data_dir):
     # a limit on file sizes stands for the full disk: checkpoints fail, small files pass
     code = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
     )
-    other = tmp_path / "other"
     flags = overrides({**TINY, "data.dir": data_dir})
-    done = program("-c", code, "--config", CONFIG, "--workdir", other, *flags)
+    done = program("-c", code, "--config", CONFIG, "--workdir", tmp_path, *flags)
     assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr and (tmp_path / "checkpoints" / "12").is_dir()
+    assert "the last complete one is step None" in done.stderr
+    assert "Free disk space and start the same command again" in done.stderr
+    again = train(tmp_path, data_dir)
+    assert again.returncode == 0 and [row["step"] for row in rows(tmp_path)] == [*range(1, 13)]
 
 
 def test_a_dry_run_shows_the_plan_without_data_or_workdir(tmp_path):
