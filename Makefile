@@ -15,7 +15,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --durations=15
+	$(RUN) -m pytest -n 2 --durations=20
 
 lint: $(VENV)/installed-test
 	$(RUN) -m ruff check --fix .

@@ -39,7 +39,10 @@ def get_config():
         "image": {"name": "vit", "image_size": 16, "patch_size": 4, "pool": "map", **tower},
         "text": {"name": "text_encoder", "vocab_size": 384, "length": 16, **tower},
     }
-    config.objective = {"name": "contrastive", "pair_loss": "sigmoid", "same_text": "positive"}
+    config.objective = {
+        "name": "contrastive",
+        "pair_loss": {"name": "sigmoid", "same_text": "positive"},
+    }
     config.optimizer = {
         "name": "adamw",
         "lr": 2e-3,

@@ -31,7 +31,7 @@ def get_config(data: str = "folder:/data/pairs"):
     config.data.text.path = "tokenizer.json"
     config.data.text.length = 64
     config.model = {"name": "siglip", "variant": "L/16"}
-    config.objective = {"name": "contrastive", "pair_loss": "sigmoid"}
+    config.objective = {"name": "contrastive", "pair_loss": {"name": "sigmoid"}}
     config.optimizer = {
         "name": "adamw",
         "lr": 1e-3,

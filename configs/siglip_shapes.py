@@ -29,7 +29,7 @@ def get_config():
         "image": {"name": "vit", "image_size": 32, "patch_size": 8, "pool": "map", **tower},
         "text": {"name": "text_encoder", "vocab_size": 384, "length": 24, **tower},
     }
-    config.objective = {"name": "contrastive", "pair_loss": "sigmoid", "same_text": "ignore"}
+    config.objective = {"name": "contrastive", "pair_loss": {"name": "sigmoid"}}
     config.optimizer = {
         "name": "adamw",
         "lr": 2e-3,

@@ -322,7 +322,8 @@ class Experiment:
             show_progress=show_progress,
         )
         try:
-            state, done = loop.run(state, start)
+            with jax.set_mesh(self.mesh):  # for the losses and kernels that are written per device
+                state, done = loop.run(state, start)
         finally:
             checkpoints.close()
             writers.close()

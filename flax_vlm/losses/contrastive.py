@@ -253,22 +253,17 @@ def _direction(
     x: jax.Array, positive: jax.Array, negative: jax.Array, weighting: HnNce, axis: int
 ) -> jax.Array:
     """Returns log alpha + softplus(A - P - log alpha): A, P the LSE of negatives, positives."""
-    some = negative.any(axis)
-    # an empty row takes every pair instead and is replaced below: the log-sum-exp of nothing has
-    # no finite gradient
-    negative |= jnp.expand_dims(~some, axis)
     log_alpha = jnp.log(jnp.asarray(weighting.alpha, x.dtype))
     level = _lse(x, negative, axis)
     if weighting.beta:
-        count = negative.sum(axis, dtype=x.dtype)
-        log_weight = weighting.beta * x - jnp.expand_dims(
-            _lse(weighting.beta * x, negative, axis), axis
-        )
+        beta, count = weighting.beta, negative.sum(axis, dtype=x.dtype)
+        log_weight = beta * x - jnp.expand_dims(_lse(beta * x, negative, axis), axis)
         if not weighting.differentiate_weights:
             log_weight = jax.lax.stop_gradient(log_weight)
         level = jnp.log(count) + _lse(log_weight + x, negative, axis)
+    # without negatives the level is -inf, and the loss log alpha
     excess = level - _lse(x, positive, axis) - log_alpha
-    return log_alpha + jnp.where(some, jax.nn.softplus(excess), 0.0)
+    return log_alpha + jax.nn.softplus(excess)
 
 
 def _cross_entropy(x: jax.Array, y: jax.Array, keep: jax.Array, axis: int) -> jax.Array:

@@ -50,7 +50,9 @@ class _Contrastive:
     def __post_init__(self):
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
-        self._options(), self._ring(None)  # refuses what they refuse now, not in the first step
+        # what these refuse is refused here, not in the first step
+        self._options()
+        self._ring(None)
 
     def _options(self) -> dict[str, Any]:
         return {

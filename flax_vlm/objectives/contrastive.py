@@ -21,13 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from flax_vlm.batch import normalize_image
-from flax_vlm.build import lookup
-from flax_vlm.losses.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
-from flax_vlm.losses.pairs import PairRules, Pairs
+from flax_vlm.build import build
+from flax_vlm.losses import LOSSES
+from flax_vlm.losses.pairs import Pairs
 from flax_vlm.meters import Mean
 from flax_vlm.objectives.base import Aux, Batch, Extras, Params, PredictFn
-
-PAIR_LOSSES = {"sigmoid": sigmoid_contrastive_loss, "softmax": softmax_contrastive_loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +34,21 @@ class Contrastive:
 
     Attributes:
         model: two-tower module (models/clip.py, models/siglip.py).
-        pair_loss: "sigmoid" or "softmax".
-        same_text: what pairs of different examples with equal captions are: "ignore" (neither
-            attracted nor pushed apart), "positive" or "negative".
-        ceiling: leave out pairs with a higher cosine that do not belong together; None = no limit.
+        pair_loss: {"name": "sigmoid" or "softmax", ...}, see losses/contrastive_form.py: dense or
+            sharded form, what pairs of equal captions are, hard negatives.
         image_mean: per channel, in units of x / 255.
         image_std: per channel, in units of x / 255.
         micro_batches: of the gradient cache; 1 = off.
     """
 
     model: nn.Module
-    pair_loss: str = "sigmoid"
-    same_text: str = "ignore"
-    ceiling: float | None = None
+    pair_loss: Mapping[str, Any]
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        lookup(PAIR_LOSSES, self.pair_loss, "pair_loss")
-        PairRules(self.same_text, self.ceiling)  # raises for a wrong setting
+        build(LOSSES, self.pair_loss, "pair_loss")  # raises for a wrong setting
 
     @property
     def additive(self) -> bool:
@@ -86,14 +79,17 @@ class Contrastive:
     def loss(
         self, params: Params, extras: Extras, batch: Batch, rng: jax.Array, *, train: bool
     ) -> tuple[Mean, Aux]:
-        """Returns the loss summed over images, and retrieval accuracy inside the batch."""
+        """Returns the loss summed over images, and logit scale and bias as metrics.
+
+        The sharded form of the loss runs over the mesh of `jax.set_mesh`.
+        """
         image, text = self._embed(params, batch, rng, train)  # [B, E] each
         scale, bias = self._apply(params, method="logit_parameters")
         mask = batch.get("example_mask")
         pairs = Pairs(text_id=batch.get("text_id"), example_mask=mask)
-        values = PAIR_LOSSES[self.pair_loss](
-            image, text, scale, bias, pairs=pairs, rules=PairRules(self.same_text, self.ceiling)
-        )
+        pair_loss = build(LOSSES, self.pair_loss, "pair_loss")
+        mining = jax.random.fold_in(rng, 2)  # 0 and 1 are the encoders'
+        values = pair_loss(image, text, scale, bias, pairs=pairs, rng=mining)
         metrics = {"logit_scale": Mean(scale, jnp.ones(()))}
         if bias is not None:
             metrics["logit_bias"] = Mean(bias, jnp.ones(()))

@@ -142,6 +142,26 @@ def test_a_limit_that_some_rows_cannot_fill_keeps_all_that_they_have():
     assert len(set(row.sum(1))) > 2
 
 
+def test_negatives_that_tie_with_the_hardest_are_all_kept():
+    case, tied = oracle.batch(b=24, m=64, e=16, masks=False), np.arange(24, 54)
+    text = case.text.copy()
+    text[tied] = text[24]  # thirty times one text, the nearest of all images
+    case = dataclasses.replace(case, image=oracle.unit(text[24] + 0.3 * case.image), text=text)
+    negatives = HardNegatives(4, 0.5)
+    rows, columns = arrange(jnp.float32(case.image), jnp.float32(text), None)
+    rows, columns = number_pairs(rows, columns, negatives, KEY)
+    draw = np.asarray(draws(rows.mined["code"], columns.mined["code"]), np.float64)
+    np.fill_diagonal(draw, -np.inf)
+    # four random numbers are remembered; those of the ties beyond the two hardest take places
+    remembered = np.argsort(-draw, 1)[:, :4]
+    random = np.minimum((~np.isin(remembered, tied)).sum(1), 2)
+    assert len(set(random)) > 1
+    for ring in (None, Ring(6)):
+        row, _ = mined_masks(case, negatives, ring)
+        assert row[:, tied].all()
+        np.testing.assert_array_equal(row.sum(1), 30 + random)
+
+
 def planted(twins=3, groups=16, e=48):
     """Texts: each image's own, its twins (near, of another id) and its duplicates (the same id)."""
     rng = np.random.default_rng(0)

@@ -27,8 +27,12 @@ CLIP = {
 }  # fmt: skip
 VIT = {**IMAGE, "pool": "cls", "num_classes": 8, "dropout": 0.1}
 KINDS = {
-    "sigmoid": (SIGLIP, {"name": "contrastive", "pair_loss": "sigmoid"}),
-    "softmax": (CLIP, {"name": "contrastive", "pair_loss": "softmax"}),
+    "sigmoid": (SIGLIP, {"name": "contrastive", "pair_loss": {"name": "sigmoid"}}),
+    "softmax": (CLIP, {"name": "contrastive", "pair_loss": {"name": "softmax"}}),
+    "sharded": (
+        SIGLIP,
+        {"name": "contrastive", "pair_loss": {"name": "sigmoid", "form": "sharded", "tile": 4}},
+    ),
     "classification": (VIT, {"name": "classification", "label_smoothing": 0.1}),
 }
 
@@ -135,7 +139,9 @@ def test_pairs_of_equal_captions_are_not_pushed_apart():
 
     different = {**batch, "text_id": np.arange(16, dtype=np.int32)}
     assert loss(batch) < loss(different), "two pairs fewer are negatives"
-    negative = dataclasses.replace(objective, same_text="negative")
+    negative = dataclasses.replace(
+        objective, pair_loss={"name": "sigmoid", "same_text": "negative"}
+    )
     np.testing.assert_allclose(loss(batch, negative), loss(different), rtol=1e-6)
 
 
@@ -166,7 +172,8 @@ def test_sharded_equals_unsharded_in_value_gradient_and_update(kind, axes, monke
     rows = sharding.batch_sharding(mesh)
     placed = jax.device_put(state, shardings), sharding.put_batch(batch, rows)
     sharded = jax.jit(step, in_shardings=(shardings, rows), out_shardings=(shardings, None))
-    new, metrics = sharded(*placed)
+    with jax.set_mesh(mesh):
+        new, metrics = sharded(*placed)
     np.testing.assert_allclose(metrics["loss"].total, expected_metrics["loss"].total, rtol=2e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=2e-5)
     for path, leaf in trees.named_leaves(expected.params).items():
