@@ -3,7 +3,12 @@
 
     python train.py --config configs/siglip_shapes.py --workdir runs/siglip_shapes
 
-Result: MEASURED
+Data: 8,000 training and 1,000 test scenes of one to three objects, drawn by the program.
+
+Result, one run, seed 0, on the 1,000 test scenes: image -> text R@1 66.1 %, R@5 97.0 %; text ->
+image R@1 66.8 %, R@5 97.1 %. Of the 805 captions with a false twin in which two attributes or the
+relation are swapped, the true one is nearer to the image for 77.6 % (95 % interval 74.6 to 80.4);
+guessing is 50 %. Time: 32 minutes on two CPU cores that other jobs were using too (21 CPU minutes).
 """
 
 from configs.defaults import defaults, sealed

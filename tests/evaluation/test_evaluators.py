@@ -216,21 +216,21 @@ def test_data_that_cannot_be_measured_is_an_error_that_says_why():
 
 
 @pytest.mark.parametrize(
-    "name, file",
+    ("name", "files"),
     [
-        ("zero_shot", "predictions.png"),
-        ("classification", "predictions.png"),
-        ("retrieval", "similarity.png"),
-        ("two_choice", None),
+        ("zero_shot", ["predictions.png", "similarity.png"]),
+        ("classification", ["predictions.png"]),
+        ("retrieval", ["similarity.png"]),
+        ("two_choice", []),
     ],
 )
-def test_an_evaluator_writes_its_picture_and_nothing_else(name, file, tmp_path):
+def test_an_evaluator_writes_its_pictures_and_nothing_else(name, files, tmp_path):
     folder = tmp_path / "new" / name
-    with_picture = make_evaluator(name).run(make_predictor(), folder)
-    assert with_picture == make_evaluator(name).run(make_predictor(), None)
+    with_pictures = make_evaluator(name).run(make_predictor(), folder)
+    assert with_pictures == make_evaluator(name).run(make_predictor(), None)
     written = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    assert written == ([file] if file else [])
-    if file:
+    assert written == files
+    for file in files:
         with Image.open(folder / file) as image:
             image.verify()
 
