@@ -4,9 +4,10 @@
     python train.py --config configs/siglip_digits.py --workdir runs/siglip_digits
 
 Data: the 1,797 digits (8 x 8 pixels) that scikit-learn ships, 1,437 to train and 360 to test, with
-captions from templates. Model: two transformers of width 64.
+captions from ten templates. Writers are in both splits. Model: two transformers of width 64.
 
-Result: MEASURED
+Result, one run, seed 0: zero-shot accuracy 98.3 % of the 360 test images (95 % interval 96.4 to
+99.2). Time: 145 seconds on two CPU cores, compilation included.
 """
 
 from configs.defaults import defaults, sealed
