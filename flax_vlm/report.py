@@ -92,7 +92,7 @@ def finished(workdir: pathlib.Path) -> str:
     if files:
         lines.append(f"results after step {files[-1].stem} ({files[-1]}):")
         for name, value in json.loads(files[-1].read_text()).items():
-            lines.append(f"  {name:<32}{value:.4f}")
+            lines.append(f"  {name:<36}{value:.4f}")
         pictures = sorted((workdir / "eval" / files[-1].stem).rglob("*.png"))
         lines += ["pictures:", *(f"  {path}" for path in pictures)]
     curve = workdir / "training_curve.png"

@@ -25,7 +25,7 @@ def rows(folder):
 def test_a_run_prints_its_result_its_pictures_and_how_to_load_it(finished):
     folder, printed = finished
     results = json.loads((folder / "eval" / "12.json").read_text())
-    assert f"{'zero_shot/accuracy':<32}{results['zero_shot/accuracy']:.4f}" in printed
+    assert f"{'zero_shot/accuracy':<36}{results['zero_shot/accuracy']:.4f}" in printed
     for name in ("zero_shot/predictions.png", "zero_shot/similarity.png"):
         assert str(folder / "eval" / "12" / name) in printed
         assert (folder / "eval" / "12" / name).read_bytes().startswith(b"\x89PNG")
