@@ -56,7 +56,7 @@ def get_config():
         "zero_shot": {
             "name": "zero_shot",
             "every": 400,
-            "data": {"split": "test"},
+            "data": {"name": "digits", "split": "test"},
             "templates": TEMPLATES,
         },
     }

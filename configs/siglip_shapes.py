@@ -43,7 +43,7 @@ def get_config():
         "grad_clip": 1.0,
         "schedule": {"name": "warmup_cosine", "warmup": 0.05},
     }
-    test = {"split": "test"}
+    test = {"name": "shapes", "split": "test"}
     config.evals = {
         "retrieval": {"name": "retrieval", "every": 800, "data": test},
         "swapped": {"name": "two_choice", "every": 800, "data": test},

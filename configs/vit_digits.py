@@ -27,6 +27,10 @@ def get_config():
     }
     config.objective = {"name": "classification", "label_smoothing": 0.1}
     config.evals = {
-        "classification": {"name": "classification", "every": 500, "data": {"split": "test"}}
+        "classification": {
+            "name": "classification",
+            "every": 500,
+            "data": {"name": "digits", "split": "test"},
+        }
     }
     return config.lock()

@@ -57,7 +57,9 @@ def published_table() -> str:
     """Returns our parameter count of every variant beside the published one."""
     lines = [f"{'model':<34}{'here':>16}{'published':>16}  source"]
     for row in parameter_counts():
-        lines.append(f"{row.name:<34}{row.ours:>16,}{row.published:>16,}  {row.source}")
+        known = row.published
+        known = f"{known:,}" if isinstance(known, int) else f"{known:,.2f} M"
+        lines.append(f"{row.name:<34}{row.ours:>16,}{known:>16}  {row.source}")
     return "\n".join(lines)
 
 
