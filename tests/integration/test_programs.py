@@ -52,6 +52,32 @@ def test_eval_alone_gives_the_numbers_of_training(finished):
     assert json.loads(file.read_text()) == before
 
 
+def test_a_run_can_start_from_the_parameters_of_another(finished, tmp_path, data_dir):
+    still = {"optimizer.lr": 0.0, "steps": 1, "ema_decay": 0.0}
+    done = train(tmp_path, data_dir, **still, init_from=finished[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = finished[0] / "eval" / "12.json", tmp_path / "eval" / "1.json"
+    assert json.loads(before.read_text()) == json.loads(after.read_text())
+    (mine, _, _), (theirs, _, _) = (load_params(f / "checkpoints") for f in (tmp_path, finished[0]))
+    assert not trees.differences(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("empty", "a dataset must have examples"), ("broken", "examples broken")],
+)
+def test_a_folder_without_readable_images_stops_the_run(tmp_path, data_dir, name, message):
+    folder = tmp_path / name
+    folder.mkdir()
+    for i in range(20 if name == "broken" else 0):
+        (folder / f"{i}.png").write_bytes(b"<html>")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    values = {"data.name": f"folder:{folder}", "evals.zero_shot.data.name": "digits", "steps": 40}
+    done = train(tmp_path / "run", data_dir, **values)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_kill_minus_nine_and_the_same_command_again_equal_an_uninterrupted_run(
     finished, tmp_path, data_dir
 ):
