@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     folder = pathlib.Path(FLAGS.workdir).absolute()
     try:
         config = layout.load_config(folder)
-        run = experiment.build({**config, "mesh": experiment.mesh_for_evaluation(config["mesh"])})
+        mesh = experiment.mesh_for_evaluation(config["mesh"])
+        run = experiment.Experiment.from_config({**config, "mesh": mesh})
         run.evaluate_checkpoint(folder)
     except experiment.USER_ERRORS as error:
         if FLAGS.traceback:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     from flax_vlm import experiment  # after the processes have met: this starts jax
 
     try:
-        return start(experiment.build(FLAGS.config))
+        return start(experiment.Experiment.from_config(FLAGS.config))
     except experiment.USER_ERRORS as error:
         if FLAGS.traceback:
             raise

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The composition root: a config becomes an Experiment. The only file that may import every layer.
 
-config -> objective (model inside), optimizer, mesh, shapes and shardings    no data, no memory
-       -> tokenizer, datasets, evaluators                                    on first use
+config -> Program (program.py): objective, optimizer, mesh, train step    no data, no memory
+       -> tokenizer, datasets, evaluators                                 on first use
        -> train(workdir), evaluate(...)
 """
 
@@ -12,100 +12,31 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from flax_vlm import trees
 from flax_vlm.build import build as build_by_name
 from flax_vlm.data import load_source
 from flax_vlm.data.accounts import Accounts, DataError
-from flax_vlm.data.images import pair
 from flax_vlm.data.pipeline import Dataset
 from flax_vlm.data.recipe import build_preprocess, build_tokenizer
 from flax_vlm.data.sources import Source
 from flax_vlm.data.text import Tokenizer
 from flax_vlm.evaluation import EVALUATORS, pictures
 from flax_vlm.evaluation.base import Predictor
-from flax_vlm.objectives import build_objective
-from flax_vlm.objectives.base import Extras, Objective, Params
-from flax_vlm.scaling.flops import train_flops_per_example
+from flax_vlm.objectives.base import Extras, Params
+from flax_vlm.program import Config, Program
 from flax_vlm.training import metrics, profiling, sharding, workdir
 from flax_vlm.training.checkpoints import CheckpointError, Checkpoints, load_params
 from flax_vlm.training.loop import Evaluation, Loop
 from flax_vlm.training.nonfinite import NonFiniteError, NonFiniteGuard
-from flax_vlm.training.optimizers import Optimizer, build_optimizer
-from flax_vlm.training.state import (
-    TrainState,
-    abstract_state,
-    evaluation_params,
-    make_init,
-    state_shardings,
-)
-from flax_vlm.training.step import make_train_step
-
-Config = Mapping[str, Any]
+from flax_vlm.training.state import TrainState, abstract_state, evaluation_params
 
 # What a person can mend: programs print the message alone.
 USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, DataError)
-
-
-def build(config: Config) -> Experiment:
-    """Returns the experiment of a config; allocates nothing and reads no data.
-
-    Args:
-        config: nested mapping (a ConfigDict or the JSON of a workdir); see configs/defaults.py.
-
-    Raises:
-        ValueError: for an unknown name or key, a mesh that does not fit the devices, a tensor that
-            a rule cannot split, or a rule that matches no parameter.
-    """
-    config = plain(config)
-    given = {}
-    if (
-        config["objective"].get("name") == "contrastive"
-    ):  # its micro-batches go to the gradient cache
-        given["micro_batches"] = config["micro_batches"]
-    objective = build_objective(config["model"], config["objective"], **given)
-    mesh_sizes = {axis: config["mesh"][axis] for axis in sharding.AXES}
-    mesh = sharding.make_mesh(**mesh_sizes)
-    batch = example_batch(config)
-    params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
-    paths = list(trees.named_leaves(params))
-    optimizer = build_optimizer(config["optimizer"], config["steps"], paths)
-    init = make_init(objective, optimizer, ema=config["ema_decay"] > 0)
-    shapes = jax.eval_shape(init, jax.random.key(0), batch)
-    rules = tuple((pattern, tuple(axes)) for pattern, axes in config["mesh"]["rules"])
-    return Experiment(
-        config=config,
-        objective=objective,
-        optimizer=optimizer,
-        mesh=mesh,
-        shapes=shapes,
-        shardings=state_shardings(shapes, mesh, rules),
-    )
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Returns a config as nested dicts of JSON values: what is saved and what is compared."""
-    as_dict = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.loads(json.dumps(as_dict))
-
-
-def example_batch(config: Config, size: int = 1) -> dict[str, np.ndarray]:
-    """Returns a batch of zeros with the shapes of the config."""
-    height, width = pair(config["data"]["image_size"])
-    length = config["data"]["text"]["length"]
-    return {
-        "image": np.zeros((size, height, width, 3), np.uint8),
-        "text": np.zeros((size, length), np.int32),
-        "text_mask": np.zeros((size, length), bool),
-        "text_id": np.zeros(size, np.int32),
-        "label": np.zeros(size, np.int32),
-        "example_mask": np.ones(size, bool),
-    }
 
 
 def mesh_for_evaluation(mesh: Config) -> dict[str, Any]:
@@ -117,29 +48,8 @@ def mesh_for_evaluation(mesh: Config) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Everything that a config composes.
-
-    Attributes:
-        config: plain nested dicts.
-        objective: what is trained.
-        optimizer: how.
-        mesh: over which devices.
-        shapes: TrainState of ShapeDtypeStructs.
-        shardings: TrainState of NamedShardings.
-    """
-
-    config: dict[str, Any]
-    objective: Objective
-    optimizer: Optimizer
-    mesh: jax.sharding.Mesh
-    shapes: TrainState
-    shardings: TrainState
-
-    @property
-    def batch_sharding(self) -> jax.sharding.NamedSharding:
-        """Rows of a batch over the mesh."""
-        return sharding.batch_sharding(self.mesh)
+class Experiment(Program):
+    """Everything that a config composes: the program, its data and its evaluators."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -195,45 +105,12 @@ class Experiment:
         rows = self.batch_sharding
         return Predictor(self.objective.predictions, {}, {}, rows, shard=sharding.data_shard(rows))
 
-    def init_state(self) -> TrainState:
-        """Returns a random state, born sharded: never whole on one device."""
-        init = make_init(self.objective, self.optimizer, ema=self.config["ema_decay"] > 0)
-        batch = example_batch(self.config)
-        # the batch is a constant of the program: only its shapes matter
-        born = jax.jit(lambda key: init(key, batch), out_shardings=self.shardings)
-        state = born(jax.random.key(self.config["seed"]))
-        if self.config["init_from"]:
-            source = pathlib.Path(self.config["init_from"]) / "checkpoints"
-            params, _, _ = load_params(source, self.shardings.params)
-            state = dataclasses.replace(state, params=params)
-        return state
-
-    def train_step(self) -> Any:
-        """Returns the jitted step (state, batch) -> (state, metrics); the state is donated."""
-        step = make_train_step(
-            self.objective,
-            self.optimizer,
-            seed=self.config["seed"],
-            micro_batches=self.config["micro_batches"] if self.objective.additive else 1,
-            ema_decay=self.config["ema_decay"],
-        )
-        return jax.jit(
-            step,
-            in_shardings=(self.shardings, self.batch_sharding),
-            out_shardings=(self.shardings, None),
-            donate_argnums=0,
-        )
-
     def batches(self, step: int) -> Any:
         """Returns this process's rows of the global batches from `step` on, a function of it."""
         index, count = sharding.data_shard(self.batch_sharding)
-        size = self.config["batch_size"]
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if size % parts:
-            raise ValueError(
-                f"batch_size must be a multiple of mesh.data x mesh.fsdp = {parts}, got {size}"
-            )
-        return self.train_data.batches(step, batch_size=size, shard=index, num_shards=count)
+        return self.train_data.batches(
+            step, batch_size=self.batch_size, shard=index, num_shards=count
+        )
 
     def evaluate(
         self,
@@ -331,16 +208,6 @@ class Experiment:
                 stopwatch.append_to(folder / "timings.jsonl", start=start, stop=loop.last_step)
                 print(accounts.summary())
         return state, done
-
-    def flops_per_example(self) -> float:
-        """Returns the model FLOPs of one training example (scaling/flops.py states what counts)."""
-        spec = self.config["data"]
-        return train_flops_per_example(
-            self.objective.model,
-            pair(spec["image_size"]),
-            spec["text"]["length"],
-            frozen=self.optimizer.freeze,
-        )
 
     def _writers(self, folder: pathlib.Path, start: int) -> metrics.Writers:
         writers: list[metrics.Writer] = [

@@ -27,9 +27,11 @@ ALLOWED = {
     "hub": BASE
     | {"convert", "models", "objectives", "data", "evaluation"}
     | {"training.checkpoints", "training.workdir"},
+    "program": BASE | {"nn", "models", "objectives", "scaling", "training"},
     "experiment": BASE
+    | {"program"}
     | {"nn", "losses", "data", "models", "objectives", "scaling", "training", "evaluation", "hub"},
-    "report": BASE | {"experiment", "models", "training"},
+    "report": BASE | {"experiment", "program", "models", "training"},
 }
 # layer: packages from outside that it must not import
 FORBIDDEN = {

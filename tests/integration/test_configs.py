@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flax_vlm import experiment, trees
+from flax_vlm import trees
+from flax_vlm.program import Program, example_batch
 from flax_vlm.training import sharding
 from tests.integration.conftest import ROOT
 
@@ -18,7 +19,7 @@ SMALL = ["siglip_digits", "siglip_shapes", "vit_digits"]
 
 
 def build(name):
-    return experiment.build(importlib.import_module(f"configs.{name}").get_config())
+    return Program.from_config(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,7 +35,7 @@ def test_every_config_builds_and_states_its_result(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_config_takes_one_step(name):
     run = build(name)
-    batch = experiment.example_batch(run.config, size=8)
+    batch = example_batch(run.config, size=8)
     rng = np.random.default_rng(0)
     batch["image"] = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
     batch["text_id"] = np.arange(8, dtype=np.int32)
