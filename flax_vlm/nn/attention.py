@@ -23,16 +23,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from flax_vlm.build import lookup
+from flax_vlm.nn.ambient_mesh import (
+    BATCH_AXES,
+    HEAD_AXIS,
+    ambient_mesh_shape,
+    num_devices,
+    target_platform,
+)
 from flax_vlm.nn.masks import causal_mask, combine_masks
 from flax_vlm.nn.splash import splash_attention
 from flax_vlm.shapes import check_shapes
 
 SPLASH_MIN_LENGTH = 1024  # below it the score matrix is small enough that XLA's fusion does well
-BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 
 def choose_implementation(
@@ -80,23 +85,6 @@ def _is_divisible(batch: int, heads: int, mesh_shape: Mapping[str, int] | None) 
     for axis in BATCH_AXES:
         shards *= mesh_shape.get(axis, 1)
     return batch % shards == 0 and heads % mesh_shape.get(HEAD_AXIS, 1) == 0
-
-
-def current_platform() -> str:
-    """Returns "cpu", "tpu", "cuda" or "rocm": what a program traced now is going to run on."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return backend
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-
-
-def _ambient_mesh_shape() -> Mapping[str, int] | None:
-    """Returns the axes that XLA partitions over; {} inside a shard_map over all of them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in axes if kind != AxisType.Manual}
 
 
 def attention_weights(
@@ -154,7 +142,7 @@ def _splash(q, k, v, mask, is_causal, platform):
     def attention(q, k, v):
         return splash_attention(q, k, v, is_causal=is_causal, interpret=platform != "tpu")
 
-    mesh_shape = _ambient_mesh_shape()
+    mesh_shape = ambient_mesh_shape()
     if not mesh_shape:
         return attention(q, k, v)
     batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh_shape)
@@ -192,7 +180,7 @@ def attend(
         mask: [B|1, N|1, S|1, T] bool, True = keep; None keeps all.
         is_causal: also hide what comes after each query; S must equal T.
         implementation: "auto" or a key of IMPLEMENTATIONS.
-        platform: what the program will run on; None asks `current_platform`. Give it when compiling
+        platform: what the program will run on; None asks `target_platform`. Give it when compiling
             for another machine.
 
     Raises:
@@ -203,7 +191,7 @@ def attend(
         raise ValueError(
             f"causal attention needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}"
         )
-    platform = platform or current_platform()
+    platform = platform or target_platform()
     if implementation == "auto":
         implementation = choose_implementation(
             platform,
@@ -211,8 +199,8 @@ def attend(
             q.shape,
             k.shape,
             has_mask=mask is not None,
-            mesh_shape=_ambient_mesh_shape(),
-            num_devices=jax.device_count(),
+            mesh_shape=ambient_mesh_shape(),
+            num_devices=num_devices(),
         )
     function = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
     return function(q, k, v, mask, is_causal, platform)

@@ -13,6 +13,7 @@ import jax
 from flax import linen as nn
 
 from flax_vlm.build import lookup
+from flax_vlm.nn.ambient_mesh import keep_rows
 from flax_vlm.nn.attention import MultiHeadAttention
 from flax_vlm.nn.initializers import INITS, Init
 from flax_vlm.nn.mlp import Mlp
@@ -63,6 +64,7 @@ class Block(nn.Module):
             x: [B, S, D].
             mask: [B|1, N|1, S|1, S] bool, True = keep; None keeps all.
         """
+        x = keep_rows(x)
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
         y = LayerNorm(self.norm_eps, name="ln1")(x)
         y = MultiHeadAttention(
@@ -85,7 +87,7 @@ class Block(nn.Module):
             bias_init=self.inits.mlp_bias,
             name="mlp",
         )(y, deterministic=self.deterministic)
-        return x + drop(y), None
+        return keep_rows(x + drop(y)), None
 
 
 class Encoder(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_vlm import trees
@@ -46,6 +47,9 @@ def make_mesh(
 ) -> Mesh:
     """Returns the device mesh with axes data, fsdp, tensor.
 
+    Several TPU slices are laid along `data`, whose traffic (one sum of gradients a step) is what
+    the network between slices can carry; fsdp and tensor stay inside a slice.
+
     Args:
         data: size of the data axis; -1 takes all devices that the other axes leave.
         fsdp: size of the fsdp axis.
@@ -53,7 +57,8 @@ def make_mesh(
         devices: default all devices of all processes.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or the slices do not
+            divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
@@ -65,9 +70,18 @@ def make_mesh(
             f"got {data} x {fsdp} x {tensor} = {data * fsdp * tensor} for {count} devices; "
             f"set mesh.data=-1 to take what the other axes leave"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of the {slices} slices, got {data}; "
+            f"fsdp and tensor stay inside a slice"
+        )
+    axis_types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
+    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
