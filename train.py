@@ -2,8 +2,9 @@
 """Trains what a config describes: `python train.py --config configs/NAME.py --workdir DIR`.
 
 Starting the same command again resumes. `--config.key=value` changes a value, `--dry-run` shows
-what would run. Exit codes: 0 done; 75 told to stop (SIGTERM), state saved, start again to go on;
-1 an error that the message explains or wrong flags.
+what would run, on as many virtual devices as the config's mesh needs. Exit codes: 0 done; 75 told
+to stop (SIGTERM), state saved, start again to go on; 1 an error that the message explains or wrong
+flags.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flax_vlm.training import compilation_cache, distributed
+from flax_vlm.training import compilation_cache, distributed, sharding
 
 config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
 flags.DEFINE_string("workdir", None, "Where everything is written; the same one resumes.")
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every save at length
     if FLAGS.config is None or (FLAGS.workdir is None and not FLAGS.dry_run):
         raise app.UsageError("--config and --workdir are needed (or --config and --dry-run)")
+    if FLAGS.dry_run:
+        sharding.use_virtual_devices(FLAGS.config.mesh)
     distributed.start_processes(
         FLAGS.distributed, FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
     )

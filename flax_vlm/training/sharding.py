@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,16 @@ def make_mesh(
     within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     return Mesh(grid, AXES, axis_types=axis_types)
+
+
+def use_virtual_devices(mesh: Mapping[str, int]) -> None:
+    """Makes jax see as many CPU devices as a config's mesh needs; must run before it looks.
+
+    Args:
+        mesh: {"data": ..., "fsdp": ..., "tensor": ...}; a data axis of -1 counts as 1.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(1, mesh["data"]) * mesh["fsdp"] * mesh["tensor"])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -183,6 +183,11 @@ def test_a_full_disk_stops_with_a_message_and_resumes_when_there_is_room(tmp_pat
 def test_a_dry_run_shows_the_plan_without_data_or_workdir(tmp_path):
     done = program("train.py", "--config", "configs/siglip_l16.py", "--dry-run")
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in ("652,150,786", "== mesh ==", "== largest tensors ==", '"batch_size": 32768'):
+    for line in (
+        "652,150,786",
+        "data 1, fsdp 16, tensor 1 (16 devices)",
+        "== largest tensors ==",
+        '"batch_size": 32768',
+    ):
         assert line in done.stdout
     assert not os.listdir(tmp_path)
