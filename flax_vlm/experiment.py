@@ -158,8 +158,8 @@ class Experiment(Program):
         Returns:
             The last state, and whether all steps are done (False: told to stop, state saved).
         """
-        stopwatch = profiling.Stopwatch()
         first = jax.process_index() == 0
+        stopwatch = profiling.Stopwatch(folder / "timings.jsonl" if first else None)
         workdir.check_same_run(folder, self.config)
         if first:
             workdir.save_json(folder / "config.json", self.config)
@@ -205,7 +205,6 @@ class Experiment(Program):
             checkpoints.close()
             writers.close()
             if first:
-                stopwatch.append_to(folder / "timings.jsonl", start=start, stop=loop.last_step)
                 print(accounts.summary())
         return state, done
 

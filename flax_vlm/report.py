@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from flax_vlm import trees
 from flax_vlm.experiment import Experiment
 from flax_vlm.models.published import parameter_counts
-from flax_vlm.training import sharding
+from flax_vlm.training import profiling, sharding
 
 
 def dry_run(experiment: Experiment) -> str:
@@ -88,7 +88,7 @@ def wrong_key(argv: Sequence[str], error: Exception) -> str:
 
 
 def finished(workdir: pathlib.Path) -> str:
-    """Returns the last results of a workdir, where its pictures are, and how to load it."""
+    """Returns the last results of a workdir, its pictures and goodput, and how to load it."""
     files = sorted((workdir / "eval").glob("*.json"), key=lambda file: int(file.stem))
     lines = []
     if files:
@@ -100,5 +100,10 @@ def finished(workdir: pathlib.Path) -> str:
     curve = workdir / "training_curve.png"
     if curve.exists():
         lines.append(f"  {curve}")
+    if time := profiling.goodput(profiling.read_timings(workdir / "timings.jsonl")):
+        lines.append(
+            f"goodput {time['goodput']:.1%}: {time['productive']:.0f} s in steps that count, of "
+            f"{time['wall']:.0f} s since the first of {time['starts']:.0f} starts"
+        )
     lines += ["load it:", f"  python -c \"import flax_vlm; vlm = flax_vlm.load('{workdir}')\""]
     return "\n".join(lines)

@@ -102,7 +102,7 @@ class Loop:
             disable=not (self.show_progress and jax.process_index() == 0),
             mininterval=0.5,
         )
-        self.last_step = step = start
+        self.last_step = step = self._start = start
         try:
             with bar, Preemption() as preemption, jax.transfer_guard("disallow"):
                 while step < self.steps:
@@ -111,13 +111,15 @@ class Loop:
                     self._periodic(state, step)
                     if step < self.steps and preemption.reached(step):
                         break
-                self._flush(keep=0, bar=bar)
+                with self.stopwatch.measure("step"):
+                    self._flush(keep=0, bar=bar)
             self._save(state, step)
             with self.stopwatch.measure("checkpoint"):
                 self.checkpoints.wait()
         finally:
             batches.close()
             self.writers.flush()
+            self.stopwatch.record(self._start, self.last_step)
         return state, step == self.steps
 
     def _one_step(
@@ -126,7 +128,7 @@ class Loop:
         with self.stopwatch.measure("data"):
             batch = self.put(self.account(next(batches)))
         # the first step compiles
-        with self.stopwatch.measure("step" if self._pending else "first_step"):
+        with self.stopwatch.measure("step" if step > self._start + 1 else "first_step"):
             if self.trace:
                 self.trace.before(step)
             state, metrics = self.train_step(state, batch)
@@ -141,7 +143,8 @@ class Loop:
         due = [e for e in self.evaluations if e.is_due(step, self.steps)]
         save = self.checkpoints.is_due(step)
         if save or due:
-            self._flush(keep=0)  # a bad step must stop the run before it is saved
+            with self.stopwatch.measure("step"):
+                self._flush(keep=0)  # a bad step must stop the run before it is saved
         if save:
             self._save(state, step)
         for evaluation in due:
@@ -154,6 +157,7 @@ class Loop:
         with self.stopwatch.measure("checkpoint"):
             self.writers.flush()
             self.checkpoints.save(step, state)
+        self.stopwatch.record(self._start, step)
 
     def _flush(self, keep: int, bar: tqdm | None = None) -> None:
         """Reads and reports the metrics of all but the `keep` newest steps."""

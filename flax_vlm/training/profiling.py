@@ -12,7 +12,8 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,20 @@ def measured_matmul_flops(size: int = 1024, repeats: int = 5) -> float:
 
 
 class Stopwatch:
-    """Wall time by activity, in one JSON line per start of a run (timings.jsonl).
+    """Wall time by activity of one start of a run, in timings.jsonl.
 
-    `goodput` = seconds in steps / wall seconds since the start, the share of time that trained.
+    The loop records at every checkpoint and at the end. Rows with the same `began` are one start,
+    each holds all of it so far: a start that is killed leaves the row of its last checkpoint, which
+    is where the next one goes on.
     """
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, path: pathlib.Path | None = None) -> None:
+        """Starts to count.
+
+        Args:
+            path: the file; None records nothing (all processes but the first).
+        """
+        self._path, self._began, self._start = path, time.time(), time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -83,17 +91,79 @@ class Stopwatch:
             spent = time.perf_counter() - start
             self.seconds[activity] = self.seconds.get(activity, 0.0) + spent
 
-    def summary(self) -> dict[str, float]:
-        """Returns seconds by activity, "wall" and "goodput"."""
-        wall = time.perf_counter() - self._start
-        goodput = self.seconds.get("step", 0.0) / wall if wall > 0 else 0.0
-        return {**self.seconds, "wall": wall, "goodput": goodput}
+    def record(self, start: int, stop: int) -> None:
+        """Appends {"began", "start", "stop", "wall", "seconds"} as one JSON line.
 
-    def append_to(self, path: pathlib.Path, **context: int | str) -> None:
-        """Appends the summary as one JSON line."""
-        rounded = {key: round(value, 3) for key, value in self.summary().items()}
-        with path.open("a") as file:
-            file.write(json.dumps({**context, **rounded}) + "\n")
+        Args:
+            start: finished steps when this start began.
+            stop: finished steps now.
+        """
+        if self._path is None:
+            return
+        row = {
+            "began": round(self._began, 3),  # seconds since 1970: starts share no other clock
+            "start": start,
+            "stop": stop,
+            "wall": round(time.perf_counter() - self._start, 3),
+            "seconds": {key: round(value, 3) for key, value in self.seconds.items()},
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_timings(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of a timings.jsonl; lines that a crash cut short are left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def goodput(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns how the wall time since the first start of a run was spent, in seconds.
+
+        goodput = seconds in steps that no later start repeated / wall seconds since the first start
+
+    The wall ends at the last record of a start that trained. Compilation ("first_step"), waiting
+    for data, checkpoints and evaluation are not productive. Steps that were lost with a killed
+    process before it recorded them are in "away".
+
+    Args:
+        rows: of timings.jsonl, in the order in which they were written.
+
+    Returns:
+        "goodput" (a share), "starts" (a count), "wall" and its parts: "productive"; "repeated", in
+        steps that a later start did again; "away", between two starts; the other activities; and
+        "other", the rest. Empty if no step is recorded.
+    """
+    starts: dict[float, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        starts.setdefault(row["began"], []).append(row)
+    history = list(starts.values())
+    while history and history[-1][-1]["stop"] == history[-1][0]["start"]:
+        history.pop()  # starting a finished run again costs it nothing
+    if not history:
+        return {}
+
+    productive, resumed_from = 0.0, float("inf")
+    for records in reversed(history):
+        kept = [r for r in records if r["stop"] <= resumed_from]
+        productive += kept[-1]["seconds"].get("step", 0.0) if kept else 0.0
+        resumed_from = min(resumed_from, records[0]["start"])
+
+    last = [records[-1] for records in history]
+    wall = last[-1]["began"] + last[-1]["wall"] - last[0]["began"]
+    running = sum(row["wall"] for row in last)
+    activities: dict[str, float] = {}
+    for row in last:
+        for activity, seconds in row["seconds"].items():
+            activities[activity] = activities.get(activity, 0.0) + seconds
+    other = running - sum(activities.values())
+    steps = activities.pop("step", 0.0)
+    parts = {"productive": productive, "repeated": steps - productive, "away": wall - running}
+    totals = {"goodput": productive / wall, "starts": len(history), "wall": wall}
+    return {**totals, **parts, **activities, "other": other}
 
 
 class TraceWindow:

@@ -4,7 +4,7 @@
 config.json         resolved config
 tokenizer.json      the tokenizer, readable by the `tokenizers` library alone
 metrics.jsonl       one row per logged step
-timings.jsonl       wall time by activity, one row per start
+timings.jsonl       wall time by activity, a row per checkpoint (training/profiling.py)
 checkpoints/STEP/   Orbax
 eval/STEP.json      what the evaluators found; their pictures in eval/STEP/NAME/
 training_curve.png  both over steps

@@ -14,6 +14,7 @@ from flax_vlm.training.loop import Evaluation, Loop
 from flax_vlm.training.metrics import TIMING_KEYS, JsonlWriter, Writers, read_metrics
 from flax_vlm.training.nonfinite import NonFiniteError, NonFiniteGuard
 from flax_vlm.training.optimizers import build_optimizer
+from flax_vlm.training.profiling import Stopwatch, goodput, read_timings
 from flax_vlm.training.state import abstract_state, make_init, state_shardings
 from flax_vlm.training.step import make_train_step
 from tests.training.toy import ToyRegression, toy_batch
@@ -38,7 +39,7 @@ class Run:
             yield batch
             step += 1
 
-    def go(self, steps, evaluations=(), policy="stop", every=5):
+    def go(self, steps, evaluations=(), policy="stop", every=5, stopwatch=None):
         init = make_init(self.objective, self.optimizer, ema=self.ema > 0)
         shapes = jax.eval_shape(init, jax.random.key(0), toy_batch(0))
         shardings = state_shardings(shapes, self.mesh)
@@ -59,6 +60,7 @@ class Run:
             account=lambda b: b, steps=steps, batch_size=8, log_every=1, flops_per_example=1.0,
             peak_flops=1.0, checkpoints=checkpoints, writers=Writers([writer]),
             evaluations=evaluations, nonfinite=NonFiniteGuard(policy, 3), show_progress=False,
+            stopwatch=stopwatch or Stopwatch(self.folder / "timings.jsonl"),
         )  # fmt: skip
         try:
             return loop.run(state, start)
@@ -136,6 +138,37 @@ def test_evaluations_run_when_due_and_after_the_last_step(tmp_path):
     often = Evaluation(lambda state, step: seen.append(("often", step)), every=3)
     run.go(7, [often, Evaluation(lambda state, step: seen.append(("end", step)))])
     assert seen == [("often", 3), ("often", 6), ("often", 7), ("end", 7)]
+
+
+def test_time_is_recorded_at_every_checkpoint_and_at_the_end_of_every_start(tmp_path):
+    run = Run(tmp_path)
+    run.go(7)
+    run.go(12)
+    rows = read_timings(tmp_path / "timings.jsonl")
+    # the last step is saved, waited for, and recorded once more
+    assert [(r["start"], r["stop"]) for r in rows] == [
+        *((0, 5), (0, 7), (0, 7)),
+        *((7, 10), (7, 12), (7, 12)),
+    ]
+    assert len({r["began"] for r in rows}) == 2
+    assert {"data", "first_step", "step", "checkpoint"} <= rows[-1]["seconds"].keys()
+    found = goodput(rows)
+    assert found["starts"] == 2 and 0 < found["goodput"] < 1 and found["repeated"] == 0
+
+
+def test_only_the_step_that_compiles_is_not_productive(tmp_path):
+    class Names(Stopwatch):
+        seen = []
+
+        def measure(self, activity):
+            self.seen.append(activity)
+            return super().measure(activity)
+
+    run, watch = Run(tmp_path), Names()
+    run.go(9, [Evaluation(lambda state, step: None, every=2)], every=3, stopwatch=watch)
+    assert watch.seen.count("first_step") == 1 and watch.seen.index("first_step") == 1
+    # 8 further steps, and the results that are read before each save and evaluation and at the end
+    assert watch.seen.count("step") == 8 + len({2, 3, 4, 6, 8, 9}) + 1
 
 
 def test_old_checkpoints_are_removed_and_the_rest_can_be_kept_by_period(tmp_path):
