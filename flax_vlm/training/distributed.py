@@ -67,8 +67,17 @@ class Preemption:
     process and names one step at which all of them stop.
     """
 
+    def __init__(self, start: int = 0):
+        """Takes the number of steps that are done when the loop begins."""
+        self._start = start
+
     def __enter__(self) -> Preemption:
         self._signalled = threading.Event()
+        # The step that is named is the largest that any process has asked about, plus 1, and only
+        # asking about that very step finds it. A notice during start-up, when none was asked about,
+        # names 1: a resumed run would never meet it. So all processes ask about the past first.
+        if any(self.reached(step) for step in range(1, self._start + 1)):
+            self._signalled.set()
         self._previous = None
         # With several processes the coordination service owns SIGTERM; a Python handler would
         # replace it. Only the main thread may install one.
@@ -91,6 +100,6 @@ class Preemption:
 
     def reached(self, step: int) -> bool:
         """Returns whether to stop after `step`; all processes answer alike."""
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            return True
         return self._signalled.is_set()

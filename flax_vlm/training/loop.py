@@ -104,7 +104,7 @@ class Loop:
         )
         self.last_step = step = self._start = start
         try:
-            with bar, Preemption() as preemption, jax.transfer_guard("disallow"):
+            with bar, Preemption(start) as preemption, jax.transfer_guard("disallow"):
                 while step < self.steps:
                     state = self._one_step(state, batches, step + 1, bar)
                     self.last_step = step = step + 1
