@@ -162,7 +162,8 @@ def goodput(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     other = running - sum(activities.values())
     steps = activities.pop("step", 0.0)
     parts = {"productive": productive, "repeated": steps - productive, "away": wall - running}
-    totals = {"goodput": productive / wall, "starts": len(history), "wall": wall}
+    share = productive / wall if wall > 0 else 0.0
+    totals = {"goodput": share, "starts": len(history), "wall": wall}
     return {**totals, **parts, **activities, "other": other}
 
 

@@ -55,6 +55,7 @@ def test_starting_a_finished_run_again_costs_it_nothing():
     idle = [row(9000.0, 40, 40, 3.0, restore=3.0)]
     assert goodput(KILLED + STOPPED + LAST + idle) == goodput(KILLED + STOPPED + LAST)
     assert goodput(idle) == {} == goodput([])
+    assert goodput([row(1.0, 0, 1, 0.0)])["goodput"] == 0.0, "shorter than the clock can tell"
 
 
 def test_a_start_that_died_before_its_first_save_is_time_away():
