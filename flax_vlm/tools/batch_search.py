@@ -52,6 +52,8 @@ def _upward(best: int, found: Report) -> int:
         return 2 * best
     per_example = (found["peak_gb"] - found["argument_gb"]) / best
     fills = (found["hbm_gib"] * GB_PER_GIB - found["argument_gb"]) / per_example
+    if fills < best:  # a report of memory that counts more than the compiler needs
+        return max(_above(best), _rounded(best * 3 // 2))
     # a little below: what just fits is worth more than what just does not
     return max(_above(best), _rounded(int(0.95 * fills)))
 
