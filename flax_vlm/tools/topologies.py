@@ -76,6 +76,8 @@ def load_topology(name: str, slices: int = 1) -> Topology:
         raise ValueError(f"{name} needs the TPU compiler, libtpu: pip install '.[tpu]'")
     for key, value in _NO_TPU_HOST.items():
         os.environ.setdefault(key, value)
+    # what was compiled without a device cannot be read back from the cache
+    jax.config.update("jax_enable_compilation_cache", False)
     # v4 has two cores on a chip, which work as one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape) <= set("1x"):  # one chip: less than a host has by default
