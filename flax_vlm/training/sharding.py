@@ -70,7 +70,9 @@ def make_mesh(
             f"got {data} x {fsdp} x {tensor} = {data * fsdp * tensor} for {count} devices; "
             f"set mesh.data=-1 to take what the other axes leave"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # jax also calls a host of GPUs a slice; there, any axis may cross hosts
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if data % slices:
         raise ValueError(
             f"mesh.data must be a multiple of the {slices} slices, got {data}; "
