@@ -78,12 +78,14 @@ def make_mesh(
             f"mesh.data must be a multiple of the {slices} slices, got {data}; "
             f"fsdp and tensor stay inside a slice"
         )
-    axis_types = (AxisType.Auto,) * 3
+    # an axis of 16 lies on two axes of an 8 x 8 x 4 torus
+    options = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
-    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-    return Mesh(grid, AXES, axis_types=axis_types)
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **options)
+    else:
+        within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, **options)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def use_virtual_devices(mesh: Mapping[str, int]) -> None:
