@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -36,7 +37,10 @@ flags.DEFINE_list("search_remat", ["none", "dots_no_batch", "full"], "Policies t
 FLAGS = flags.FLAGS
 
 GB = 1e9
+START_FACTOR = 8  # of the config's batch: a size that is refused is cheap
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+# "total memory required (17.31G) exceeds available HBM (15.75G)", "Used 16.74G of 15.75G"
+NEEDED_OF_AVAILABLE = re.compile(r"(?:\(|Used )([\d.]+)G\)?[a-zA-Z ]+\(?([\d.]+)G")
 
 
 def compile_report(config: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def compile_report(config: Mapping[str, Any], topology: Topology) -> dict[str, A
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        report |= {"fits": False, "out_of_memory": str(error).partition("\n")[0]}
+        report |= {"fits": False} | _refusal(str(error).partition("\n")[0])
     else:
         report |= {"fits": True} | _memory(compiled)
         report["collectives"] = count_collectives(compiled.as_text())
@@ -108,6 +112,13 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, float]:
     }
 
 
+def _refusal(message: str) -> dict[str, Any]:
+    """Returns the compiler's words and the two sizes in them."""
+    sizes = NEEDED_OF_AVAILABLE.search(message)
+    needed, available = (float(gib) for gib in sizes.groups()) if sizes else (None, None)
+    return {"out_of_memory": message, "needed_gib": needed, "available_gib": available}
+
+
 def remat_policies(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns {tower: rematerialisation policy} of a config's model."""
     model = config["model"]
@@ -137,7 +148,7 @@ def search(config: Mapping[str, Any], topology: Topology, policies: list[str]) -
         print(f"remat {policy}, {batch_per_chip} per chip: {verdict}", file=sys.stderr, flush=True)
         return report
 
-    start = max(1, config["batch_size"] // chips)
+    start = max(1, START_FACTOR * config["batch_size"] // chips)
     largest = {
         policy: largest_batch(lambda size, policy=policy: attempt(policy, size), start)
         for policy in policies

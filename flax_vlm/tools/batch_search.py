@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest batch per chip that fits, in few compilations.
 
-Memory grows with the batch along a nearly straight line, so that one size that fits predicts the
-one that fills the chip: the search goes there, proves that the next step up does not fit, and
-bisects where the prediction was wrong.
+The TPU compiler refuses a program that is too large within seconds, and says how much memory it
+would need; one that fits takes minutes. The need grows with the batch along a nearly straight line,
+so two refusals tell the size that fills the chip: the search compiles that one, shows that the next
+step up is refused, and bisects where the line was wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 Report = Mapping[str, Any]
 
-GB_PER_GIB = 2**30 / 1e9
 STEP = 8  # sizes above it are multiples of it, sizes below it powers of two
 
 
@@ -23,44 +23,53 @@ def largest_batch(
     """Returns the report of the largest batch that fits, None if not even one example does.
 
     Exact to STEP examples, or to an eighth of the answer where that is more: a batch larger by that
-    much was tried and did not fit.
+    much was tried and refused.
 
     Args:
-        attempt: batch -> report with "fits" and, where it fits, "hbm_gib" (or None),
-            "argument_gb" and "peak_gb".
-        start: the first batch to try.
+        attempt: batch -> report with "fits" and, where it does not, "needed_gib" and
+            "available_gib" (None if the compiler did not say).
+        start: the first batch to try; better too large than too small.
         limit: no larger one is tried.
     """
     best, found = 0, None
-    too_large, size = limit + 1, _rounded(min(start, limit))
+    refused: dict[int, Report] = {}
+    size = _rounded(min(start, limit))
     while size:
         report = attempt(size)
         if report["fits"]:
             best, found = size, report
         else:
-            too_large = size
-        if too_large > limit:
-            size = min(limit, _upward(best, found)) if best < limit else 0
-        else:
-            size = _between(best, too_large)
+            refused[size] = report
+        size = _next(best, refused, limit)
     return found
 
 
-def _upward(best: int, found: Report) -> int:
-    """Returns the next size to try where none has failed yet."""
-    if not found["hbm_gib"]:
-        return 2 * best
-    per_example = (found["peak_gb"] - found["argument_gb"]) / best
-    fills = (found["hbm_gib"] * GB_PER_GIB - found["argument_gb"]) / per_example
-    # a little below: what just fits is worth more than what just does not
-    return max(_above(best), _rounded(int(0.95 * fills)))
-
-
-def _between(best: int, too_large: int) -> int:
-    """Returns a size between one that fits and one that does not; 0 where they are close enough."""
-    if _above(best) >= too_large:
+def _next(best: int, refused: Mapping[int, Report], limit: int) -> int:
+    """Returns the next size to try; 0 where the answer is close enough."""
+    too_large = min(refused, default=limit + 1)
+    if best == limit or _above(best) >= too_large:
         return 0
+    if len(refused) < 2 and 2 * max(best, *refused, 1) <= limit:
+        return 2 * max(best, *refused, 1)
+    if not refused:
+        return limit
+    predicted = _predict(refused)
+    if predicted is not None and predicted < too_large:
+        return predicted if predicted > best else _above(best)
     return max(_rounded((best + too_large) // 2), best + STEP if best >= STEP else _above(best))
+
+
+def _predict(refused: Mapping[int, Report]) -> int | None:
+    """Returns the size whose need fills the chip, on the line through the two smallest refusals."""
+    known = sorted(size for size, report in refused.items() if report["needed_gib"])
+    if len(known) < 2:
+        return None
+    low, high = known[:2]
+    at_low, at_high = refused[low]["needed_gib"], refused[high]["needed_gib"]
+    if at_high <= at_low:
+        return None
+    excess = at_low - refused[low]["available_gib"]
+    return _rounded(max(1, low - round(excess * (high - low) / (at_high - at_low) + 0.5)))
 
 
 def _above(best: int) -> int:

@@ -30,6 +30,7 @@ _NO_TPU_HOST = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it locks the machine's TPU, which is not there
 }
 
 
@@ -75,6 +76,8 @@ def load_topology(name: str, slices: int = 1) -> Topology:
         raise ValueError(f"{name} needs the TPU compiler, libtpu: pip install '.[tpu]'")
     for key, value in _NO_TPU_HOST.items():
         os.environ.setdefault(key, value)
+    # what was compiled without a device cannot be read back from the cache
+    jax.config.update("jax_enable_compilation_cache", False)
     # v4 has two cores on a chip, which work as one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape) <= set("1x"):  # one chip: less than a host has by default
@@ -84,5 +87,7 @@ def load_topology(name: str, slices: int = 1) -> Topology:
             platform="tpu", topology_name=name, num_slices=slices, **options
         )
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise ValueError(f"{name} is no shape of a TPU {kind}: {error}") from error
     return Topology(name, slices, tuple(description.devices), hbm)

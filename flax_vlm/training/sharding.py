@@ -70,18 +70,22 @@ def make_mesh(
             f"got {data} x {fsdp} x {tensor} = {data * fsdp * tensor} for {count} devices; "
             f"set mesh.data=-1 to take what the other axes leave"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # jax also calls a host of GPUs a slice; there, any axis may cross hosts
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if data % slices:
         raise ValueError(
             f"mesh.data must be a multiple of the {slices} slices, got {data}; "
             f"fsdp and tensor stay inside a slice"
         )
-    axis_types = (AxisType.Auto,) * 3
+    # an axis of 16 lies on two axes of an 8 x 8 x 4 torus
+    options = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
-    within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-    return Mesh(grid, AXES, axis_types=axis_types)
+        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), **options)
+    else:
+        within, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, **options)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def use_virtual_devices(mesh: Mapping[str, int]) -> None:

@@ -13,7 +13,9 @@ import pytest
 from jax.sharding import AxisType
 
 from flax_vlm.losses import LOSSES
-from flax_vlm.losses.lowering import lower_loss_and_gradients
+from flax_vlm.losses.lowering import bytes_per_device, lower_loss_and_gradients
+from flax_vlm.tools.topologies import load_topology
+from flax_vlm.training.sharding import make_mesh
 from tests.losses.cost import matmul_flops
 
 UNITS = {"sigmoid": 3, "softmax": 4}
@@ -107,3 +109,19 @@ def test_the_compiled_ring_sends_texts_to_a_neighbour_and_gathers_nothing(name):
     assert count("dot") == UNITS[name]
     # texts, their gradients, and one message per dtype of what travels with each row
     assert count("collective-permute") == {"sigmoid": 3, "softmax": 7}[name]
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("name", UNITS)
+def test_memory_per_chip_of_v5p_is_the_same_from_8_to_4096_chips(name):
+    rows, width, found = 4096, 768, {}
+    for shape in ("2x2x2", "4x4x4", "16x16x16"):
+        devices = load_topology(f"v5p:{shape}").devices
+        loss = sharded(name, tile=256)
+        lowered = lower_loss_and_gradients(
+            loss, make_mesh(devices=devices), batch=rows * len(devices), width=width
+        )
+        found[len(devices)] = bytes_per_device(lowered.compile())
+    assert set(found) == {8, 64, 4096}
+    assert max(found.values()) / min(found.values()) < 1.05
+    assert max(found.values()) <= 7.5 * 4 * width * rows
