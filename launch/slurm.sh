@@ -4,7 +4,7 @@
 #
 #   sbatch --nodes=4 launch/slurm.sh configs/siglip_l16.py:folder:/data/pairs /shared/run1 --config.mesh.fsdp=8
 #
-# Further arguments go to train.py; fsdp stays inside a node. PRESET names another environment file,
+# Further arguments go to train.py. PRESET names another environment file,
 # PYTHON another interpreter. Stop for good: scancel.
 #
 # Run here: on a one-node Slurm 22.05 with two CPU processes (time limit, requeue, resume, scancel).
@@ -38,6 +38,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdi
 srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   "${PYTHON:-python}" train.py --distributed=auto --config="$config" --workdir="$workdir" "$@"
 status=$?
-# 75: told to stop, state saved. No trap for TERM above: scancel ends this script before it requeues.
-[ $status -eq 75 ] && exec scontrol requeue "$SLURM_JOB_ID"
+# 75: told to stop, state saved. 69: a process was out of reach; had it been killed (out of memory),
+# 128 + signal would be the highest code. No trap for TERM: scancel ends this script before it requeues.
+case $status in 69 | 75) exec scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $status

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(file for file in (ROOT / "launch").rglob("*") if file.is_file())
-STOPPED = 75
+STOPPED, PEER_LOST = 75, 69
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -74,10 +74,11 @@ def slurm(folder, code, *arguments):
 ARGUMENTS = ("configs/siglip_digits.py", "/shared/runs/one", "--config.mesh.fsdp=8")
 
 
-def test_slurm_requeues_the_job_on_exit_code_75_and_on_no_other(tmp_path):
-    _, called = slurm(tmp_path / "stopped", STOPPED, *ARGUMENTS)
-    assert called[1:] == ["scontrol requeue 4711"]
-    for code in (0, 1, 69, 137, 143):
+def test_slurm_requeues_a_job_that_was_stopped_or_lost_a_process_and_no_other(tmp_path):
+    for code in (STOPPED, PEER_LOST):
+        _, called = slurm(tmp_path / str(code), code, *ARGUMENTS)
+        assert called[1:] == ["scontrol requeue 4711"]
+    for code in (0, 1, 137, 143):
         found, called = slurm(tmp_path / str(code), code, *ARGUMENTS)
         assert found == code and len(called) == 1
 
