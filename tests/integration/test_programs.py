@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from flax_vlm import trees
+from flax_vlm.training import profiling
 from flax_vlm.training.checkpoints import load_params
 from flax_vlm.training.metrics import TIMING_KEYS, read_metrics
-from flax_vlm.training.profiling import goodput, read_timings
 from tests.integration.conftest import CONFIG, ROOT, TINY, overrides, program, train
 
 
@@ -93,11 +93,11 @@ def test_kill_minus_nine_and_the_same_command_again_equal_an_uninterrupted_run(
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL, "it was killed in the middle, not done before"
-    killed = read_timings(tmp_path / "timings.jsonl")
+    killed = profiling.read_timings(tmp_path / "timings.jsonl")
     assert killed[-1]["stop"] in (5, 10), "the time up to the last save is on record"
     resumed = train(tmp_path, data_dir)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    time_spent = goodput(read_timings(tmp_path / "timings.jsonl"))
+    time_spent = profiling.goodput(profiling.read_timings(tmp_path / "timings.jsonl"))
     assert time_spent["starts"] == 2 and 0 < time_spent["goodput"] < 1 and time_spent["away"] > 0
     assert f"goodput {time_spent['goodput']:.1%}" in resumed.stdout
     assert rows(tmp_path) == rows(finished[0])
