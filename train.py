@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--config and --workdir are needed (or --config and --dry-run)")
     if FLAGS.dry_run:
         sharding.use_virtual_devices(FLAGS.config.mesh)
+    compilation_cache.enable()
     try:
         peers = distributed.start_processes(
             FLAGS.distributed,
@@ -55,7 +56,6 @@ def main(argv: list[str]) -> int:
 
 def guarded() -> int:
     """Does what the flags ask for; an error that a person can mend becomes one line."""
-    compilation_cache.enable()
     from flax_vlm import experiment  # after the processes have met: this starts jax
 
     try:

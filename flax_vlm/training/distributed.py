@@ -63,7 +63,7 @@ def start_processes(
         "heartbeat_timeout_seconds": _JAX_HEARTBEAT_FACTOR * silence,
     }
     if mode == "auto":
-        jax.distributed.initialize(**limits)
+        _initialize(**limits)
         return _meet_through_jax(timeout, silence)
     host, port = _check_explicit(coordinator, num_processes, process_id)
     if process_id == 0:  # jax listens on this port afterwards
@@ -71,8 +71,16 @@ def start_processes(
     else:
         hosts, links = answer_roll((host, port), process_id, num_processes, timeout)
     peers = Peers(process_id, hosts, links, silence)
-    jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
+    _initialize(coordinator, num_processes, process_id, **limits)
     return peers
+
+
+def _initialize(*place: str | int, **limits: int) -> None:
+    jax.distributed.initialize(*place, **limits)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # On CPU the cache's key of a program names the process, and only process 0 writes. It alone
+        # would skip compiling, and its first collective waits no longer than 30 s for the others.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _check_explicit(
