@@ -9,8 +9,8 @@ to split, four heads are enough for a tensor axis of four.
 from configs.siglip_digits import get_config as digits
 
 
-def get_config(evaluated: str = ""):
-    """Returns the recipe; `config.py:evaluated` keeps the evaluator."""
+def get_config():
+    """Returns the recipe."""
     config = digits().unlock()
     config.steps = 12
     config.batch_size = 16
@@ -19,6 +19,5 @@ def get_config(evaluated: str = ""):
     config.model.image.depth = 1
     config.model.text.depth = 1
     config.optimizer = {"name": "sgd", "lr": 0.003, "momentum": 0.5}
-    if not evaluated:
-        del config.evals.zero_shot
+    del config.evals.zero_shot
     return config.lock()
