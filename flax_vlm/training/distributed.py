@@ -8,16 +8,21 @@ only raise that a coordinator address is missing.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import threading
 from types import FrameType, TracebackType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-# The exit code of a run that was told to stop, saved its state and can be started again
-# (EX_TEMPFAIL of sysexits.h): schedulers requeue on it.
-EXIT_PREEMPTED = 75
+from flax_vlm.training.peers import Peers
+from flax_vlm.training.roll_call import answer_roll, call_roll, open_port
+
+# jax has a heartbeat of its own, which aborts without saying who is missing. It comes after ours.
+_JAX_HEARTBEAT_FACTOR = 2
 
 
 def start_processes(
@@ -25,8 +30,10 @@ def start_processes(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
     timeout: int = 1800,
-) -> None:
+    silence: int = 100,
+) -> Peers:
     """Connects this process to the others; must run before any other use of jax devices.
 
     Args:
@@ -36,17 +43,50 @@ def start_processes(
         process_id: 0 .. num_processes - 1.
         timeout: seconds to wait for the other processes. After a preemption hosts come back
             minutes apart, hence the long default.
+        silence: seconds without a word after which a process counts as lost.
+
+    Returns:
+        The other processes, watched from now on; enter it around the work, `leave` it at the end.
 
     Raises:
-        ValueError: for an unknown mode, or an explicit start with an argument missing.
+        ValueError: for an unknown mode, or an explicit start with an argument missing or wrong.
+        MissingProcessError: naming the processes that have not come in time.
     """
     if mode not in ("off", "auto", "explicit"):
         raise ValueError(f"unknown --distributed {mode!r}, choose one of off, auto, explicit")
+    if silence < 1:
+        raise ValueError(f"--heartbeat_timeout must be at least 1 second, got {silence}")
     if mode == "off":
-        return
+        return Peers()
+    limits = {
+        "initialization_timeout": timeout,
+        "heartbeat_timeout_seconds": _JAX_HEARTBEAT_FACTOR * silence,
+    }
     if mode == "auto":
-        jax.distributed.initialize(initialization_timeout=timeout)
-        return
+        _initialize(**limits)
+        return _meet_through_jax(timeout, silence)
+    host, port = _check_explicit(coordinator, num_processes, process_id)
+    if process_id == 0:  # jax listens on this port afterwards
+        hosts, links = call_roll(open_port(port), num_processes, timeout)
+    else:
+        hosts, links = answer_roll((host, port), process_id, num_processes, timeout)
+    peers = Peers(process_id, hosts, links, silence)
+    _initialize(coordinator, num_processes, process_id, **limits)
+    return peers
+
+
+def _initialize(*place: str | int, **limits: int) -> None:
+    jax.distributed.initialize(*place, **limits)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # On CPU the cache's key of a program names the process, and only process 0 writes. It alone
+        # would skip compiling, and its first collective waits no longer than 30 s for the others.
+        jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _check_explicit(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, int]:
+    """Returns host and port of process 0."""
     given = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
@@ -55,9 +95,40 @@ def start_processes(
     missing = [flag for flag, value in given.items() if value is None]
     if missing:
         raise ValueError(f"--distributed=explicit needs {sorted(given)}, missing {missing}")
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, initialization_timeout=timeout
-    )
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id must be one of 0 .. {num_processes - 1} (--num_processes - 1), "
+            f"got {process_id}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--coordinator must be host:port of process 0, got {coordinator!r}")
+    return host.strip("[]"), int(port)
+
+
+def _meet_through_jax(timeout: int, silence: int) -> Peers:
+    """Meets the processes that jax has found: process 0 tells its address through jax."""
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return Peers()
+    server = open_port() if index == 0 else None
+    mine = f"{_own_address()} {server.getsockname()[1]}" if server else ""
+    padded = np.frombuffer(mine.encode().ljust(256), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(padded)
+    host, port = np.asarray(told).astype(np.uint8).tobytes().decode().split()
+    if server:
+        hosts, links = call_roll(server, count, timeout)
+    else:
+        hosts, links = answer_roll((host, int(port)), index, count, timeout)
+    return Peers(index, hosts, links, silence)
+
+
+def _own_address() -> str:
+    """Returns the address by which other machines reach this one, its name if it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # a reserved address: nothing is sent
+        return probe.getsockname()[0]
+    return socket.gethostname()
 
 
 class Preemption:

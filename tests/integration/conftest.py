@@ -10,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/siglip_digits.py"
+SGD_CONFIG = "tests/integration/sgd_config.py"  # to compare runs that add in another order
 
 # Small enough to train in seconds; still every part of a real run.
 TINY = {
