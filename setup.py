@@ -33,6 +33,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
         "scikit-learn",  # ships the handwritten digits
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",  # used through data_source: TensorFlow is not installed
         "tokenizers>=0.21",

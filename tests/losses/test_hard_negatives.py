@@ -33,6 +33,17 @@ def mesh(devices):
     )
 
 
+# dense, and sharded over every number of devices with tiles that fit and that do not
+RINGS = [
+    None,
+    Ring(5),
+    Ring(7, mesh=mesh(2)),
+    Ring(5, mesh=mesh(4)),
+    Ring(2, mesh=mesh(8), bidirectional=True),
+]
+DEVICES = ["dense", "1 device", "2 devices", "4 devices", "8 devices"]
+
+
 def mined_masks(case, negatives, ring=None, rules=DEFAULT_RULES, pairs=None):
     """(row, column) negatives [B, M] that mining leaves, of the dense form or of a ring."""
     pairs = pairs or make_pairs(case)
@@ -123,16 +134,44 @@ def test_loss_and_gradients_on_the_mined_negatives_equal_the_oracle(ring):
         assert distance(found, truth) < 1e-6
 
 
-@pytest.mark.parametrize("k", [0, 37, 1000])  # with the padding no row has more than 37
-def test_no_limit_and_a_limit_of_all_give_the_plain_loss(k):
-    case = oracle.batch()
+def loss_form(name, ring):
+    """The dense loss where ring is None, otherwise the sharded one."""
+    if ring is None:
+        return {"sigmoid": sigmoid_contrastive_loss, "softmax": softmax_contrastive_loss}[name]
+    if name == "softmax":
+        return functools.partial(softmax_contrastive_loss_sharded, ring=ring)
+    return functools.partial(sigmoid_contrastive_loss_sharded, ring=ring, any_cotangent=True)
+
+
+def program(form, case):
+    """The program of a loss and its gradients, as text."""
     arguments = [jnp.float32(x) for x in (case.image, case.text, case.scale, case.bias)]
-    options = {"pairs": make_pairs(case), "negatives": HardNegatives(k, 0.25), "rng": KEY}
-    plain = softmax_contrastive_loss(*arguments, pairs=make_pairs(case))
-    sharded = functools.partial(softmax_contrastive_loss_sharded, ring=Ring(5))
-    for form in (softmax_contrastive_loss, sharded):
-        found = jax.jit(functools.partial(form, **options))(*arguments)
-        np.testing.assert_allclose(found, plain, rtol=2e-6)
+    gradients = jax.grad(lambda *a: form(*a).sum(), argnums=(0, 1, 2, 3))
+    return jax.jit(gradients).lower(*arguments).as_text()
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=DEVICES)
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_no_limit_and_a_limit_of_all_texts_are_the_plain_loss(name, ring):
+    case = oracle.batch()
+    form = functools.partial(loss_form(name, ring), pairs=make_pairs(case), rng=KEY)
+    plain = program(form, case)
+    for negatives in (HardNegatives(0, 1.0), HardNegatives(39, 0.5), HardNegatives(1000, 0.0)):
+        limited = functools.partial(form, negatives=negatives)
+        assert program(limited, case) == plain, negatives
+    assert program(functools.partial(form, negatives=HardNegatives(38)), case) != plain
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=DEVICES)
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_a_limit_of_all_that_a_row_has_gives_the_plain_loss_and_its_gradients(name, ring):
+    case = oracle.batch()
+    ramp, pairs = np.linspace(0.5, 2.0, len(case.image)), make_pairs(case)
+    plain = value_and_gradients(functools.partial(loss_form(name, None), pairs=pairs), case, ramp)
+    # with the padding no row has more than 37
+    options = {"pairs": pairs, "negatives": HardNegatives(37, 0.25), "rng": KEY}
+    form = functools.partial(loss_form(name, ring), **options)
+    assert distance(value_and_gradients(form, case, ramp), plain) < 1e-6
 
 
 def test_a_limit_that_some_rows_cannot_fill_keeps_all_that_they_have():
@@ -178,21 +217,65 @@ def planted(twins=3, groups=16, e=48):
     return oracle.Case(centre, text, 20.0, -3.0), text_id.astype(np.int32)
 
 
-@pytest.mark.parametrize("ring", [None, Ring(7, mesh=mesh(4))])
+def planted_roles(text_id, groups):
+    """(twins, duplicates) [groups, M] bool, of the images of `planted`."""
+    own = np.arange(len(text_id))[None, :] % groups == np.arange(groups)[:, None]
+    number = np.arange(len(text_id)) // groups
+    return own & (number >= 1) & (number <= 3), own & (number >= 4)
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=DEVICES)
 def test_planted_twins_are_found_and_planted_duplicates_never_leak(ring):
     case, text_id = planted()
-    group = np.arange(len(text_id)) % 16
-    number = np.arange(len(text_id)) // 16
-    own = group[None, :] == np.arange(16)[:, None]
-    twins, duplicates = own & (number >= 1) & (number <= 3), own & (number >= 4)
-    pairs = Pairs(text_id=jnp.asarray(text_id))
-    row, _ = mined_masks(case, HardNegatives(3), ring, pairs=pairs)
+    twins, duplicates = planted_roles(text_id, groups=16)
+    row, _ = mined_masks(case, HardNegatives(3), ring, pairs=Pairs(text_id=jnp.asarray(text_id)))
     assert row[twins].all() and not row[duplicates].any()
     np.testing.assert_array_equal(row, twins)
+
+
+@pytest.mark.parametrize("ring", [RINGS[0], RINGS[3]], ids=DEVICES[::3])
+def test_planted_duplicates_leak_without_ids_but_not_past_a_ceiling(ring):
+    case, text_id = planted()
+    twins, duplicates = planted_roles(text_id, groups=16)
+    pairs = Pairs(text_id=jnp.asarray(text_id))
     unguarded, _ = mined_masks(case, HardNegatives(3), ring, PairRules("negative"), pairs)
     assert unguarded[duplicates].mean() > 0.9
     ceiling, _ = mined_masks(case, HardNegatives(3), ring, PairRules(ceiling=0.97), Pairs())
     assert ceiling[twins].all() and not ceiling[duplicates].any()
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=DEVICES)
+@pytest.mark.parametrize("negatives", [HardNegatives(42, 1.0), HardNegatives(42, 39 / 42)], ids=str)
+def test_no_draw_lets_a_planted_duplicate_through(ring, negatives):
+    case, text_id = planted(groups=8)
+    twins, duplicates = planted_roles(text_id, groups=8)
+    pairs = Pairs(text_id=jnp.asarray(text_id))
+    # an image has 48 texts less its own and two duplicates: 42 of 45 are drawn, or 3 mined and 39
+    row, _ = mined_masks(case, negatives, ring, pairs=pairs)
+    assert not row[duplicates].any()
+    np.testing.assert_array_equal(row.sum(1), 42)
+    assert row[twins].all() or not negatives.hard
+    if ring is None:
+        unguarded, _ = mined_masks(case, negatives, ring, PairRules("negative"), pairs)
+        assert unguarded[duplicates].mean() > 0.5
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=DEVICES)
+def test_planted_twins_are_found_from_the_texts_as_well(ring):
+    texts, text_id = planted(groups=8)
+    rng = np.random.default_rng(1)
+    image = oracle.unit(texts.text + 0.01 * rng.normal(size=texts.text.shape))
+    case = dataclasses.replace(texts, image=image)  # every text has an image of its own
+    row, column = mined_masks(
+        case, HardNegatives(3), ring, pairs=Pairs(text_id=jnp.asarray(text_id))
+    )
+    group = np.arange(len(text_id)) % 8
+    other = (group[:, None] == group[None, :]) & (text_id[:, None] != text_id[None, :])
+    three_twins = text_id < 8  # the first of a group and its duplicates
+    for found in (row, column.T):
+        np.testing.assert_array_equal(found[three_twins], other[three_twins])
+        np.testing.assert_array_equal(found.sum(1), 3)
+        assert not (found & ~other).any()
 
 
 def test_random_negatives_change_with_the_key_alone():
