@@ -22,7 +22,7 @@ from flax_vlm import trees
 from flax_vlm.nn.patches import as_pair
 from flax_vlm.objectives import build_objective
 from flax_vlm.objectives.base import Objective
-from flax_vlm.scaling.flops import train_flops_per_example
+from flax_vlm.scaling.flops import TOWERS, train_flops_per_example
 from flax_vlm.training import sharding
 from flax_vlm.training.checkpoints import load_params
 from flax_vlm.training.optimizers import Optimizer, build_optimizer
@@ -169,11 +169,15 @@ class Program:
             return self.train_step().lower(abstract_state(self.shapes, self.shardings), batch)
 
     def flops_per_example(self) -> float:
-        """Returns the model FLOPs of one training example (scaling/flops.py states what counts)."""
+        """Returns the model FLOPs of one training example (scaling/flops.py states what counts).
+
+        A tower counts as frozen if no parameter of it is trained.
+        """
         spec = self.config["data"]
+        trained, frozen = self.optimizer.split(self.shapes.params)
         return train_flops_per_example(
             self.objective.model,
             as_pair(spec["image_size"]),
             spec["text"]["length"],
-            frozen=self.optimizer.freeze,
+            frozen=[name for name in TOWERS if name in frozen and name not in trained],
         )

@@ -37,6 +37,7 @@ from flax_vlm.nn.masks import causal_mask, combine_masks
 from flax_vlm.nn.splash import splash_attention
 from flax_vlm.shapes import check_shapes
 
+SCOPE = "attention_"  # and the name of the implementation: how operations are labelled
 SPLASH_MIN_LENGTH = 1024  # below it the score matrix is small enough that XLA's fusion does well
 
 
@@ -203,7 +204,9 @@ def attend(
             num_devices=num_devices(),
         )
     function = lookup(IMPLEMENTATIONS, implementation, "attention implementation")
-    return function(q, k, v, mask, is_causal, platform)
+    # in every profile, and in the compiled program for tools/bench to read
+    with jax.named_scope(f"{SCOPE}{implementation}"):
+        return function(q, k, v, mask, is_causal, platform)
 
 
 class MultiHeadAttention(nn.Module):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # Dense bfloat16 peak per chip in FLOP/s, by the start of `device_kind`. NVIDIA sheets quote twice
 # that, with sparsity. Sources: vendors' data sheets.
@@ -34,34 +34,62 @@ PEAK_FLOPS = {
 }
 
 
+def published_peak(kind: str) -> float | None:
+    """Returns the bfloat16 FLOP/s of one device by its `device_kind`; None if not in PEAK_FLOPS."""
+    longest = sorted(PEAK_FLOPS, key=len, reverse=True)
+    return next((PEAK_FLOPS[name] for name in longest if kind.startswith(name)), None)
+
+
 def peak_flops() -> tuple[float, str]:
     """Returns (FLOP/s of one device, where the figure is from).
 
-    "published" where the device is in PEAK_FLOPS, else "measured": the best of a few float32
-    matrix products on this machine, divided among its (virtual) devices.
+    "published" where the device is in PEAK_FLOPS, else "measured": float32 matrix products on this
+    machine, all its devices at work.
     """
-    kind = jax.devices()[0].device_kind
-    longest = sorted(PEAK_FLOPS, key=len, reverse=True)
-    name = next((name for name in longest if kind.startswith(name)), None)
-    if name is not None:
-        return PEAK_FLOPS[name], "published"
-    # virtual CPU devices share the machine
-    sharing = jax.local_device_count() if kind.lower() == "cpu" else 1
-    return measured_matmul_flops() / sharing, "measured"
+    published = published_peak(jax.devices()[0].device_kind)
+    if published is not None:
+        return published, "published"
+    return measured_matmul_flops(repeats=2), "measured"
+
+
+def matmul_size() -> int:
+    """Returns the size of the matrices of `measured_matmul_flops`: enough to fill a device."""
+    return 1024 if jax.default_backend() == "cpu" else 8192
 
 
 @functools.cache
-def measured_matmul_flops(size: int = 1024, repeats: int = 5) -> float:
-    """Returns the FLOP/s of the fastest of a few [size, size] float32 products on one device."""
-    product = jax.jit(lambda x: x @ x)
-    x = jax.jit(lambda: jnp.full((size, size), 1.0 / size, jnp.float32))()
-    product(x).block_until_ready()
+def measured_matmul_flops(dtype: str = "float32", repeats: int = 5, chain: int = 8) -> float:
+    """Returns the FLOP/s of one device in square matrix products, all local devices at work.
+
+    All of them, because virtual CPU devices share a machine and real ones a power supply. Products
+    follow one another inside one program, so that its start does not count; the fastest repeat
+    counts. Random matrices: a device that multiplies constants draws less power and runs faster.
+
+    Args:
+        dtype: of the matrices.
+        repeats: of the program.
+        chain: products in the program.
+    """
+    devices, size = jax.local_devices(), matmul_size()
+    mesh = jax.make_mesh((len(devices),), ("device",), axis_types=(AxisType.Auto,), devices=devices)
+    shape, split = (len(devices), size, size), NamedSharding(mesh, PartitionSpec("device"))
+
+    def products(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, chain, lambda _, y: y @ x[0], x[0])[None]
+
+    run = jax.jit(jax.shard_map(products, mesh=mesh, in_specs=split.spec, out_specs=split.spec))
+    # variance 1 / size: the products neither grow nor vanish
+    noise = jax.jit(
+        lambda key: (jax.random.normal(key, shape) * size**-0.5).astype(dtype), out_shardings=split
+    )
+    x = noise(jax.random.key(0))
+    run(x).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        product(x).block_until_ready()
+        run(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return chain * 2 * size**3 / best
 
 
 class Stopwatch:

@@ -8,7 +8,13 @@ import pytest
 from flax_vlm.models import build_clip, build_siglip, build_vit
 from flax_vlm.models.text_encoder import build_text_encoder
 from flax_vlm.nn.norms import LayerNorm
-from flax_vlm.scaling.flops import text_flops, train_flops_per_example, vision_flops
+from flax_vlm.scaling.flops import (
+    map_head_flops,
+    text_flops,
+    train_flops_per_example,
+    vision_flops,
+)
+from tests.losses.cost import matmul_flops
 
 # open_clip docs/model_profile.csv: GFLOP per sample of the whole model, the image tower, the text
 # tower
@@ -41,29 +47,44 @@ def xla_flops(function, *arguments):
 
 
 SIZE = dict(width=128, depth=2, mlp_dim=512, num_heads=2, unroll=2)
+PATCHES = 2 * 64 * (16 * 16 * 3) * 128  # forward FLOPs of the patch embedding
 
 
-def test_flops_equal_what_xla_counts_forward_and_backward_on_an_unrolled_model():
+@pytest.fixture(params=[build_siglip, build_clip], ids=["siglip, MAP head", "clip, class token"])
+def two_towers(request):
+    """(model, its parameters' shapes and a batch's, a loss of them), unrolled."""
     image = dict(SIZE, name="vit", patch_size=16, image_size=128)
     text = dict(SIZE, name="text_encoder", vocab_size=50, length=32)
-    model = build_siglip(image=image, text=text, embed_dim=96)
-    inputs = (
+    model = request.param(image=image, text=text, embed_dim=96)
+    batch = (
         jax.ShapeDtypeStruct((4, 128, 128, 3), jnp.float32),
         jax.ShapeDtypeStruct((4, 32), jnp.int32),
     )
-    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), *batch)["params"]
 
     def loss(params, image, text):
         out = model.apply({"params": params}, image, text)
         return (out.image_embedding * out.text_embedding).sum()
 
+    return model, (params, *batch), loss
+
+
+def test_flops_equal_what_xla_counts_forward_and_backward_on_an_unrolled_model(two_towers):
+    model, inputs, loss = two_towers
     ours = train_flops_per_example(model)
-    forward = xla_flops(loss, params, *inputs) / 4
-    backward = xla_flops(jax.grad(loss), params, *inputs) / 4
-    # XLA also counts softmax, norms and GELU, which weigh more in a narrow model; it skips the
-    # image's gradient
-    assert 1.0 <= forward / (ours / 3) < 1.1
-    assert 0.95 <= backward / ours < 1.1
+    forward, step = (xla_flops(f, *inputs) / 4 for f in (loss, jax.grad(loss)))
+    # XLA also counts softmax, norms and GELU; nobody asks for the image's gradient
+    assert 1.0 <= forward / (ours / 3) < 1.03
+    assert 1.0 <= (step + PATCHES) / ours < 1.03
+    # else a forgotten MAP head would pass
+    assert map_head_flops(128, 512, tokens=64) > 0.03 * ours / 3
+
+
+def test_flops_are_exactly_those_of_the_matrix_products_that_are_traced(two_towers):
+    model, inputs, loss = two_towers
+    ours = 4 * train_flops_per_example(model)
+    assert matmul_flops(jax.make_jaxpr(loss)(*inputs).jaxpr) == ours / 3
+    assert matmul_flops(jax.make_jaxpr(jax.grad(loss))(*inputs).jaxpr) == ours - 4 * PATCHES
 
 
 def test_frozen_towers_count_once():
