@@ -63,7 +63,7 @@ class Peers:
     ) -> None:
         self._index, self._hosts, self._silence = index, hosts, silence
         self._links = dict(links or {})
-        self._leaving = threading.Event()
+        self._done, self._leaving = False, threading.Event()
         self._ending = threading.Lock()  # taken once, by the main thread or the listening one
         self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._thread.start()
@@ -88,14 +88,16 @@ class Peers:
         """
         self._leaving.set()
         if code in (0, EXIT_PREEMPTED):
+            self._done = True
             for link in self._links.values():
                 link.send("done")
         elif self._links:
             # the loss of another may be the cause: then the thread ends this process
             self._thread.join(_GRACE_SECONDS)
             self._ending.acquire()
+            self._tell(self._index, "failed")
             sys.stdout.flush()
-            self._end(self._index, "failed", code)
+            os._exit(code)
 
     def _listen(self) -> None:
         every = self._silence / 10
@@ -104,7 +106,7 @@ class Peers:
         with selectors.DefaultSelector() as selector:
             for index, link in self._links.items():
                 selector.register(link.socket, selectors.EVENT_READ, index)
-            while heard:
+            while heard and not self._done:
                 if time.monotonic() - spoke >= every:
                     spoke = time.monotonic()
                     for link in self._links.values():
@@ -119,7 +121,7 @@ class Peers:
                         self._lose(index, "silent")
 
     def _is_done(self, index: int) -> bool:
-        """Returns whether a process has said that it is done; ends this one if it is lost."""
+        """Returns whether to listen no longer to a process; ends this one if another is lost."""
         lines = self._links[index].receive()
         if lines is None:
             self._lose(index, "gone")
@@ -129,12 +131,15 @@ class Peers:
                     return True
                 case ["lost", other, reason]:
                     self._lose(int(other), reason)
+                    return True
         return False
 
     def _lose(self, index: int, reason: str) -> None:
-        if reason == "failed" and self._leaving.wait(1.0):
-            return  # this process has an error of its own to tell
+        """Ends this process, unless it is about to end with an error of its own."""
+        if self._done or (reason == "failed" and self._leaving.wait(1.0)):
+            return
         self._ending.acquire()
+        self._tell(index, reason)
         count = len(self._hosts)
         print(
             f"\nprocess {index} of {count} (host {self._hosts[index]}) "
@@ -143,10 +148,11 @@ class Peers:
             file=sys.stderr,
             flush=True,
         )
-        self._end(index, reason, 1 if reason == "failed" else EXIT_PEER_LOST)
+        # not by an exception: the main thread may hang in a collective for ever
+        os._exit(1 if reason == "failed" else EXIT_PEER_LOST)
 
-    def _end(self, index: int, reason: str, code: int) -> None:
-        """Ends this process at once: its main thread may hang in a collective for ever."""
+    def _tell(self, index: int, reason: str) -> None:
+        """Tells the others which process is lost; in process 0, waits until they have ended."""
         others = [link for other, link in self._links.items() if other != index]
         for link in others:
             link.send(f"lost {index} {reason}")
@@ -157,4 +163,3 @@ class Peers:
                     link.socket.settimeout(max(0.1, deadline - time.monotonic()))
                     while link.receive() is not None:
                         pass
-        os._exit(code)

@@ -113,6 +113,14 @@ def test_an_error_in_one_process_ends_the_others_with_the_code_of_an_error(start
             assert printed.endswith("RuntimeError: an error of its own\n")
 
 
+def test_processes_that_fail_together_each_end_with_their_own_error(start):
+    processes = meet(start, 3)
+    for process in processes:
+        tell(process, "raise")
+    for code, printed in map(end, processes):
+        assert code == 1 and printed.endswith("RuntimeError: an error of its own\n")
+
+
 def test_processes_that_are_done_leave_one_after_another(start):
     processes = meet(start, 3)
     for process, code in zip((processes[0], processes[2], processes[1]), (0, 75, 0), strict=True):
