@@ -50,7 +50,7 @@ def test_a_small_config_takes_one_step(name):
 def test_every_micro_batch_must_span_all_devices():
     config = importlib.import_module("configs.siglip_digits").get_config()
     config.batch_size, config.micro_batches = 128, 16
-    assert experiment.Experiment.from_config(config).batch_size == 128
+    assert Program.from_config(config).batch_size == 128
     config.micro_batches = 32
     with pytest.raises(ValueError, match="x micro_batches, got 128 and 256"):
-        assert experiment.Experiment.from_config(config).batch_size
+        assert Program.from_config(config).batch_size
