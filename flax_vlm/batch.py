@@ -68,6 +68,32 @@ def check_batch(batch: Mapping[str, Any]) -> int:
     return sizes["B"]
 
 
+def split_micro_batches(batch: Any, count: int) -> Any:
+    """Returns the batch cut into micro-batches: arrays [B, ...] become [count, B / count, ...].
+
+    Micro-batch k holds the rows k, k + count, k + 2 count ... Each then spans all devices, and no
+    row moves from one to another, as long as count divides the rows of every device.
+
+    Args:
+        batch: tree of arrays [B, ...].
+        count: number of micro-batches A.
+
+    Raises:
+        ValueError: if count does not divide B.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % count:
+        raise ValueError(f"micro_batches must divide batch_size, got {count} and {size}")
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch
+    )  # [A, B/A, ...]
+
+
+def join_micro_batches(batch: Any) -> Any:
+    """Returns arrays [count, B / count, ...] as [B, ...]: the inverse of `split_micro_batches`."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), batch)
+
+
 def normalize_image(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Returns the image as the model wants it: float32, (x / 255 - mean) / std.
 

@@ -118,13 +118,15 @@ class Program:
         """The global batch size.
 
         Raises:
-            ValueError: if the devices cannot share it evenly.
+            ValueError: if the devices cannot share each micro-batch evenly.
         """
         size = self.config["batch_size"]
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config["micro_batches"]
+        # a micro-batch of fewer rows than devices would be gathered on all of them
         if size % parts:
             raise ValueError(
-                f"batch_size must be a multiple of mesh.data x mesh.fsdp = {parts}, got {size}"
+                f"batch_size must be a multiple of mesh.data x mesh.fsdp x micro_batches, "
+                f"got {size} and {parts}"
             )
         return size
 

@@ -119,6 +119,7 @@ def softmax_contrastive_loss(
     weighting: HnNce = PLAIN,
     negatives: HardNegatives = ALL_NEGATIVES,
     rng: jax.Array | None = None,
+    symmetric: bool = True,
     precision: str | None = None,
 ) -> jax.Array:
     """Returns the symmetric softmax loss of every image-text pair: CLIP, CoCa's contrastive term.
@@ -138,6 +139,7 @@ def softmax_contrastive_loss(
         weighting: HN-NCE weights of the negatives.
         negatives: how many negatives an image keeps among the texts, and a text among the images.
         rng: key for random negatives.
+        symmetric: False leaves column_i out and does not halve row_i (InfoNCE of queries and keys).
         precision: of the matrix product, a name of jax.lax.Precision; None for the global default.
 
     Returns:
@@ -152,7 +154,7 @@ def softmax_contrastive_loss(
     scale, _ = scalars(rows, logit_scale, logit_bias)
     cosine = cosines(rows.embedding, columns.embedding, precision)  # [B, M]
     rows, columns = _mined(rows, columns, cosine, negatives, rng, rules)
-    return _softmax(rows, columns, cosine, scale, rules, weighting)
+    return _softmax(rows, columns, cosine, scale, rules, weighting, symmetric)
 
 
 def distillation_contrastive_loss(
@@ -237,6 +239,7 @@ def _softmax(
     scale: jax.Array,
     rules: PairRules,
     weighting: HnNce,
+    symmetric: bool,
 ) -> jax.Array:
     """Returns [B] softmax losses from cosines [B, M]."""
     x, b = scale * cosine, cosine.shape[0]
@@ -245,6 +248,8 @@ def _softmax(
     if masks.positive is not None:
         positive |= masks.positive
     row = _direction(x, positive, masks.row_negative, weighting, axis=1)
+    if not symmetric:
+        return kept(row, rows.keep)
     column = _direction(x[:, :b], positive[:, :b], masks.column_negative[:, :b], weighting, axis=0)
     return kept((row + column) / 2, rows.keep)
 

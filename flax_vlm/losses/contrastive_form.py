@@ -4,7 +4,7 @@
     {"name": "softmax", "form": "sharded", "tile": 1024, "hard_negatives": 64, "random_share": 0.25}
 
 becomes a function of (image_embedding, text_embedding, logit_scale, logit_bias, *, pairs, rng,
-mesh) with the same meaning in every form.
+symmetric, mesh) with the same meaning in every form.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class SigmoidContrastive(_Contrastive):
         *,
         pairs: Pairs | None = None,
         rng: jax.Array | None = None,
+        symmetric: bool = True,
         mesh: Mesh | None = None,
     ) -> jax.Array:
         """Returns the loss of every image [B]; see contrastive.sigmoid_contrastive_loss.
@@ -95,6 +96,7 @@ class SigmoidContrastive(_Contrastive):
             logit_bias: [] or None.
             pairs: ids and masks.
             rng: key for random negatives.
+            symmetric: taken so that all losses have one signature; a pair is counted once here.
             mesh: of the sharded form; None takes that of jax.set_mesh, or one device.
         """
         inputs = (image_embedding, text_embedding, logit_scale, logit_bias)
@@ -133,6 +135,7 @@ class SoftmaxContrastive(_Contrastive):
         *,
         pairs: Pairs | None = None,
         rng: jax.Array | None = None,
+        symmetric: bool = True,
         mesh: Mesh | None = None,
     ) -> jax.Array:
         """Returns the loss of every pair [B]; see contrastive.softmax_contrastive_loss.
@@ -144,10 +147,11 @@ class SoftmaxContrastive(_Contrastive):
             logit_bias: [] or None; not seen by a softmax.
             pairs: ids and masks.
             rng: key for random negatives.
+            symmetric: False leaves the loss of the texts over the images out.
             mesh: of the sharded form; None takes that of jax.set_mesh, or one device.
         """
         inputs = (image_embedding, text_embedding, logit_scale, logit_bias)
-        options = {"pairs": pairs, "rng": rng, **self._options()}
+        options = {"pairs": pairs, "rng": rng, "symmetric": symmetric, **self._options()}
         if self.form == "dense":
             return contrastive.softmax_contrastive_loss(*inputs, **options)
         return contrastive_sharded.softmax_contrastive_loss_sharded(

@@ -85,6 +85,7 @@ def softmax_contrastive_loss_sharded(
     weighting: HnNce = PLAIN,
     negatives: HardNegatives = ALL_NEGATIVES,
     rng: jax.Array | None = None,
+    symmetric: bool = True,
     precision: str | None = None,
     ring: Ring = DEFAULT_RING,
 ) -> jax.Array:
@@ -101,6 +102,7 @@ def softmax_contrastive_loss_sharded(
         weighting: HN-NCE weights of the negatives.
         negatives: how many negatives an image keeps among the texts, and a text among the images.
         rng: key for random negatives.
+        symmetric: False leaves the columns' part out and does not halve the rows' (InfoNCE).
         precision: of the matrix products, a name of jax.lax.Precision; None for the global default.
         ring: mesh axes and tile.
 
@@ -114,7 +116,8 @@ def softmax_contrastive_loss_sharded(
     scale, _ = scalars(rows, logit_scale, logit_bias)
     mining = (negatives, rng, rules, precision, True)
     image, texts, sides = _mined(ring, rows, columns, *mining)
-    return ring_softmax(SoftmaxSpec(ring, rules, weighting, precision), image, texts, scale, sides)
+    spec = SoftmaxSpec(ring, rules, weighting, precision, symmetric)
+    return ring_softmax(spec, image, texts, scale, sides)
 
 
 def distillation_contrastive_loss_sharded(

@@ -32,12 +32,14 @@ class SoftmaxSpec:
         rules: which pairs are left out or made positive.
         weighting: of the negatives.
         precision: of the matrix products.
+        symmetric: False leaves the loss of the texts over the images out.
     """
 
     ring: Ring
     rules: PairRules
     weighting: HnNce
     precision: str | None
+    symmetric: bool = True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,7 +78,7 @@ def _local_loss(spec, split, scale):
     rows = dataclasses.replace(row_side, embedding=image)
     start = _start(spec, match)
     # only the matched texts, the first, have a loss of their own
-    states = [start, *[{}] * (len(texts) - 1)]
+    states = [start if spec.symmetric else {}, *[{}] * (len(texts) - 1)]
     streams = tuple(
         (dataclasses.replace(side, embedding=text), state)
         for side, text, state in zip(text_sides, texts, states, strict=True)
@@ -92,20 +94,20 @@ def _local_loss(spec, split, scale):
         return row_state, column_state
 
     row_state, column_states = spec.ring.sweep(visit, rows, start, streams)
-    states = (row_state, column_states[0])
-    loss = sum(jax.nn.softplus(_excess(spec, state, match)) for state in states) / 2
+    states = (row_state, column_states[0]) if spec.symmetric else (row_state,)
+    loss = sum(jax.nn.softplus(_excess(spec, state, match)) for state in states) / len(states)
     return (kept(loss + math.log(spec.weighting.alpha), rows.keep), states), {}
 
 
 def _local_gradients(spec, split, scale):
     image, texts, (row_side, text_sides), states, cotangent = split
     match = scale * matches(image, texts[0])  # [b]
-    cotangent = kept(cotangent, row_side.keep)
-    (row_factors, row_weight), (column_factors, column_weight) = (
-        _factors(spec, state, match, cotangent) for state in states
+    cotangent = kept(cotangent, row_side.keep) / len(states)
+    factors, weights = zip(
+        *(_factors(spec, state, match, cotangent) for state in states), strict=True
     )
-    rows = dataclasses.replace(row_side, embedding=image, state=row_factors)
-    factors = [column_factors, *[None] * (len(texts) - 1)]
+    rows = dataclasses.replace(row_side, embedding=image, state=factors[0])
+    factors = [*factors[1:], *[None] * (len(texts) - len(factors) + 1)]
     streams = tuple(
         (
             dataclasses.replace(side, embedding=text, state=factor),
@@ -126,9 +128,8 @@ def _local_gradients(spec, split, scale):
     row_state, column_states = spec.ring.sweep(
         visit, rows, {"image": spec.ring.full(image.shape, scale.dtype)}, streams
     )
-    weight = row_weight + column_weight
     d_image, d_texts, d_scale = embedding_gradients(
-        image, texts, scale, weight, row_state, column_states
+        image, texts, scale, sum(weights), row_state, column_states
     )
     return (d_image, d_texts), d_scale
 
@@ -184,7 +185,7 @@ def _factors(spec, state, match, cotangent):
     """Returns (what _slope needs of a side, d loss / d x_ii) from its sums and cotangent [b]."""
     beta, through = spec.weighting.beta, spec.weighting.differentiate_weights
     some = state["sum"] > 0
-    slope = cotangent / 2 * jax.nn.sigmoid(_excess(spec, state, match))
+    slope = cotangent * jax.nn.sigmoid(_excess(spec, state, match))
     factors = {"top": finite(state["top"])}
     gain = 1 + beta if through else 1.0
     factors["sum"] = gain * slope / jnp.where(some, state["sum"], 1.0)

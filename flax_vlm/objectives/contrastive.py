@@ -18,9 +18,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from flax_vlm.batch import normalize_image
+from flax_vlm.batch import join_micro_batches, normalize_image, split_micro_batches
 from flax_vlm.build import build
 from flax_vlm.losses import LOSSES
 from flax_vlm.losses.pairs import Pairs
@@ -90,10 +89,7 @@ class Contrastive:
         pair_loss = build(LOSSES, self.pair_loss, "pair_loss")
         mining = jax.random.fold_in(rng, 2)  # 0 and 1 are the encoders'
         values = pair_loss(image, text, scale, bias, pairs=pairs, rng=mining)
-        metrics = {"logit_scale": Mean(scale, jnp.ones(()))}
-        if bias is not None:
-            metrics["logit_bias"] = Mean(bias, jnp.ones(()))
-        return Mean.of(values, mask), Aux(metrics)
+        return Mean.of(values, mask), Aux(logit_metrics(scale, bias))
 
     def after_update(
         self, params: Params, extras: Extras, stats: dict[str, Any], step: jax.Array
@@ -109,40 +105,44 @@ class Contrastive:
 
     def _logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
         """Returns the logits of every image against every text of the batch, [B, B] float32."""
-        image, text = self._embed(params, batch, jax.random.key(0), train=False)
+        image, text = self._encode(params, batch, jax.random.key(0), train=False)
         scale, bias = self._apply(params, method="logit_parameters")
         return scale * (image @ text.T) + (0.0 if bias is None else bias)
 
     def _embed(
         self, params: Params, batch: Batch, rng: jax.Array, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (image, text) embeddings [B, E], in micro-batches where that is asked for."""
+        """Returns (image, text) embeddings [B, E], computed micro-batch by micro-batch."""
+        count = self.micro_batches
+        if count == 1:
+            return self._encode(params, batch, rng, train)
         inputs = {key: batch[key] for key in ("image", "text", "text_mask") if key in batch}
 
+        @jax.checkpoint
         def encode(rows: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-            names = ("dropout", "patch_dropout") if train else ()
-            rngs = {name: jax.random.fold_in(rng, i) for i, name in enumerate(names)}
-            out = self.model.apply(
-                {"params": params},
-                self._image(rows),
-                rows["text"],
-                rows.get("text_mask"),
-                train=train,
-                rngs=rngs,
-            )
-            return out.image_embedding, out.text_embedding
+            return self._encode(params, rows, rng, train)
 
-        count = self.micro_batches
-        if count == 1 or not train:
-            return encode(inputs, rng)
-        size = len(batch["image"])
-        if size % count:
-            raise ValueError(f"micro_batches must divide batch_size, got {count} and {size}")
-        # every A-th example, so that each micro-batch spans all devices: [B, ...] -> [A, B/A, ...]
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), inputs
+        # the random keys are arguments: recomputation sees the same dropout
+        micro = split_micro_batches(inputs, count), jax.random.split(rng, count)
+        return join_micro_batches(jax.lax.map(lambda xs: encode(*xs), micro))
+
+    def _encode(
+        self, params: Params, rows: Batch, rng: jax.Array, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (image, text) embeddings [B, E] of some rows at once."""
+        names = ("dropout", "patch_dropout") if train else ()
+        out = self.model.apply(
+            {"params": params},
+            self._image(rows),
+            rows["text"],
+            rows.get("text_mask"),
+            train=train,
+            rngs={name: jax.random.fold_in(rng, i) for i, name in enumerate(names)},
         )
-        # the keys are arguments: recomputation sees the same dropout
-        keys = jax.random.split(rng, count)
-        embedded = jax.lax.map(lambda xs: jax.checkpoint(encode)(*xs), (micro, keys))
-        return jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1).reshape(size, -1), embedded)
+        return out.image_embedding, out.text_embedding
+
+
+def logit_metrics(scale: jax.Array, bias: jax.Array | None) -> dict[str, Mean]:
+    """Returns the metrics of logit_scale, and of logit_bias where the model has one."""
+    values = {"logit_scale": scale, "logit_bias": bias}
+    return {name: Mean.of(value) for name, value in values.items() if value is not None}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_vlm import trees
+from flax_vlm.batch import split_micro_batches
 from flax_vlm.meters import Mean
 from flax_vlm.objectives.base import Aux, Batch, Objective
 from flax_vlm.training.optimizers import Optimizer
@@ -101,13 +102,7 @@ def _sum_over_micro_batches(
     """Returns the sums of gradients, Means and stats over micro-batches."""
     if micro_batches == 1:
         return gradient(trained, batch, rng)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % micro_batches:
-        raise ValueError(f"micro_batches must divide batch_size, got {micro_batches} and {size}")
-    # every A-th example, so that each micro-batch spans all devices: [B/A, A, ...] -> [A, B/A, ...]
-    micro = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch
-    )
+    micro = split_micro_batches(batch, micro_batches)
 
     def one(index: jax.Array) -> Any:
         rows = jax.tree.map(lambda x: x[index], micro)

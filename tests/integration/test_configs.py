@@ -49,3 +49,12 @@ def test_a_small_config_takes_one_step(name):
     assert np.isfinite(metrics["loss"].value()) and int(state.step) == 1
     assert not any(jax.device_get(metrics["nonfinite"]).values())
     assert float(metrics["grad_norm"]) > 0 and trees.num_parameters(before) > 0
+
+
+def test_every_micro_batch_must_span_all_devices():
+    config = importlib.import_module("configs.siglip_digits").get_config()
+    config.batch_size, config.micro_batches = 128, 16
+    assert Program.from_config(config).batch_size == 128
+    config.micro_batches = 32
+    with pytest.raises(ValueError, match="x micro_batches, got 128 and 256"):
+        assert Program.from_config(config).batch_size

@@ -129,7 +129,16 @@ def softmax_direction(x, positive, negative, axis, alpha, beta, through_weights)
 
 
 def softmax_oracle(
-    case, cotangent, positive, negative, *, column_negative=None, alpha=1.0, beta=0.0, through=True
+    case,
+    cotangent,
+    positive,
+    negative,
+    *,
+    column_negative=None,
+    alpha=1.0,
+    beta=0.0,
+    through=True,
+    symmetric=True,
 ):
     b = len(case.image)
     keep = np.diagonal(positive).copy()  # a dropped row has no positive
@@ -142,6 +151,8 @@ def softmax_oracle(
         x[:, :b], positive[:, :b], column_negative[:, :b], 0, alpha, beta, through
     )
     cotangent = cotangent * keep
+    if not symmetric:
+        return finish(case, row * keep, cotangent[:, None] * d_row, cotangent)
     g = 0.5 * cotangent[:, None] * d_row
     g[:, :b] += 0.5 * cotangent[None, :] * d_column
     return finish(case, 0.5 * (row + column) * keep, g, cotangent)

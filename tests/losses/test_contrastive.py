@@ -71,6 +71,24 @@ def test_hn_nce_equals_its_definition_with_explicit_weights(through):
     assert distance(run(softmax_contrastive_loss, case, weighting=weighting), expected) < 2e-6
 
 
+def test_without_its_columns_the_softmax_loss_is_infonce_of_every_image():
+    case = oracle.batch(m=38)
+    rules = {"same_text": "positive"}
+    expected = oracle.softmax_oracle(
+        case,
+        uneven_cotangent(case),
+        *oracle.roles(case, **rules),
+        alpha=0.7,
+        beta=0.5,
+        symmetric=False,
+    )
+    expected[1]["bias"] = 0.0
+    options = {"rules": PairRules(**rules), "weighting": HnNce(0.7, 0.5), "symmetric": False}
+    with jax.enable_x64(True):
+        found = run(softmax_contrastive_loss, case, dtype=jnp.float64, **options)
+    assert distance(found, expected) < 1e-12
+
+
 def test_distillation_equals_the_oracle_and_sends_no_gradient_to_the_teacher():
     case, taught = oracle.batch(), oracle.batch(e=9, scale=5.0, seed=3)
 

@@ -69,6 +69,19 @@ def test_loss_and_gradients_equal_the_dense_oracle(loss, ring, rules):
         assert distance(run(loss, case, ramp(case), jnp.float64, **options), expected) < 1e-12
 
 
+def test_without_its_columns_the_softmax_loss_is_infonce_of_every_image():
+    case = oracle.batch(m=38)
+    rules = {"same_text": "positive"}
+    expected = oracle.softmax_oracle(
+        case, ramp(case), *oracle.roles(case, **rules), alpha=0.7, beta=0.5, symmetric=False
+    )
+    expected[1]["bias"] = 0.0
+    options = {"rules": PairRules(**rules), "weighting": HnNce(0.7, 0.5), "symmetric": False}
+    with jax.enable_x64(True):
+        found = run(SOFTMAX, case, ramp(case), jnp.float64, ring=Ring(2, mesh=mesh(8)), **options)
+    assert distance(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("through", [True, False])
 def test_hn_nce_equals_its_definition_with_explicit_weights(through):
     case, rules = oracle.batch(m=38), {"same_text": "positive"}
