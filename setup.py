@@ -40,6 +40,11 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "bench": [
+            "open_clip_torch>=3.3",
+            "timm>=1.0",
+            "torch",
+        ],  # benchmarks/open_clip_cpu.py alone
         "cuda": ["jax[cuda13]>=0.10.2"],
         "notebooks": ["ipykernel", "jupyterlab", "nbclient", "nbformat"],
         "test": [
