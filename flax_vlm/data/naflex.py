@@ -82,18 +82,10 @@ class NaflexRecipe:
             "patches" [P, p p 3] uint8, row-major order, the pixels of a patch in (y, x, channel)
             order, then zeros; "patch_mask" [P] bool, True = a patch; "spatial_shape" [2] int32,
             rows and columns of patches.
-
-        Raises:
-            ValueError: if the image is so long that one row of patches is too many.
         """
         p = self.patch_size
         size = naflex_size(*image.shape[:2], p, self.max_num_patches)
         rows, columns = (side // p for side in size)
-        if rows * columns > self.max_num_patches:
-            raise ValueError(
-                f"an image of {image.shape[0]} x {image.shape[1]} does not fit into "
-                f"{self.max_num_patches} patches; raise max_num_patches or crop it"
-            )
         pixels = resize_image(image, size, self.kind)
         cut = pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
         patches = np.zeros((self.max_num_patches, p * p * 3), np.uint8)

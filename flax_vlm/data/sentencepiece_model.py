@@ -61,12 +61,10 @@ class SentencePieceModel:
         if self.charsmap:
             steps.append(normalizers.Precompiled(self.charsmap))
         if self.remove_extra_spaces:
-            # the space before the first word stays; the charsmap may have made it of SPACE
-            steps += [
-                normalizers.Strip(left=False, right=True),
-                normalizers.Replace(Regex(" {2,}"), " "),
-            ]
+            steps.append(normalizers.Replace(Regex(" {2,}"), " "))
         steps.append(normalizers.Replace(" ", SPACE))
+        if self.remove_extra_spaces:  # at the end; the one before the first word stays
+            steps.append(normalizers.Replace(Regex(f"{SPACE}+$"), ""))
         tokenizer.normalizer = normalizers.Sequence(steps)
         tokenizer.decoder = decoders.Sequence(
             [

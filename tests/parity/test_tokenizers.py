@@ -97,7 +97,7 @@ def assert_equal(ours, theirs, length):
         assert row.tolist() == wanted["input_ids"], text[:60]
         assert seen.tolist() == [bool(m) for m in wanted["attention_mask"]], text[:60]
         assert was_cut == (len(theirs(text, verbose=False)["input_ids"]) > length), text[:60]
-    assert cut.sum() >= 3
+    assert cut.any() and not cut.all()
 
 
 @pytest.mark.parametrize("length", [None, 7])
