@@ -80,14 +80,15 @@ class _Family:
     bos: str | None
     eos: str
     pad: str
+    begins: bool  # with the begin token
     length: int
     uses_mask: bool
 
 
 CLASSES: dict[str, _Family] = {
-    "CLIPTokenizer": _Family("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", 77, True),
-    "SiglipTokenizer": _Family(None, "</s>", "</s>", 64, False),
-    "Siglip2Tokenizer": _Family(None, "<eos>", "<pad>", 64, False),
+    "CLIPTokenizer": _Family("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", True, 77, True),
+    "SiglipTokenizer": _Family(None, "</s>", "</s>", False, 64, False),
+    "Siglip2Tokenizer": _Family("<bos>", "<eos>", "<pad>", False, 64, False),
 }
 # model_type of config.json: its class, for a folder that does not name one
 OF_MODEL = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer", "siglip2": "Siglip2Tokenizer"}
@@ -111,18 +112,20 @@ def load_tokenizer(folder: str | os.PathLike) -> TextRecipe:
     name = _class_name(folder, config)
     if name in _GENERIC:
         tokenizer = _from_json(folder)
-        pad = _content(config.get("pad_token"))
+        tokenizer.no_truncation()
+        pad = _content(config.get("pad_token", (tokenizer.padding or {}).get("pad_token")))
         if pad is not None:
             _set_padding(tokenizer, pad, folder)
         uses_mask = "attention_mask" in config.get("model_input_names", ["attention_mask"])
-        return TextRecipe(Tokenizer(tokenizer.to_str()), _length(folder, config, None), uses_mask)
+        length = _length(folder, config, None)
+        return TextRecipe(Tokenizer(tokenizer.to_str()), length, uses_mask)
     family = CLASSES[name]
     tokenizer = _BUILDERS[name](folder, config)
     tokenizer.no_truncation()
     bos, eos, pad = (
         _content(config.get(f"{key}_token", getattr(family, key))) for key in ("bos", "eos", "pad")
     )
-    bos = bos if config.get("add_bos_token", family.bos is not None) else None
+    bos = bos if config.get("add_bos_token", family.begins) else None
     if not config.get("add_eos_token", True):
         raise ValueError(f"{name} must put an end token behind texts, got add_eos_token false")
     _set_ends(tokenizer, bos, eos, folder)
@@ -175,9 +178,10 @@ def _from_json(folder: pathlib.Path) -> tokenizers.Tokenizer:
 
 def _set_ends(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str, folder: Any) -> None:
     tokens = [token for token in (bos, eos) if token is not None]
+    ids = [(token, _id(tokenizer, token, folder)) for token in tokens]
+    tokenizer.add_special_tokens(tokens)  # they are there; now decoding leaves them out
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*tokens[:-1], "$A", eos],
-        special_tokens=[(token, _id(tokenizer, token, folder)) for token in tokens],
+        single=[*tokens[:-1], "$A", eos], special_tokens=ids
     )
 
 
