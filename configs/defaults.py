@@ -31,7 +31,7 @@ def defaults() -> ConfigDict:
                 "eval_ops": (),
                 "max_broken_share": 0.01,  # of images that may be unreadable before the run stops
                 "text": {
-                    "tokenizer": "bpe",  # bpe, byte, or file with `path` of a tokenizer.json
+                    "tokenizer": "bpe",  # bpe, byte; file or pretrained, with a path
                     "path": "",
                     "vocab_size": 512,
                     "length": 64,

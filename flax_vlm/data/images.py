@@ -54,9 +54,10 @@ def _check_kind(kind: str, antialias: bool = True) -> None:
         raise ValueError(f"resize without antialias must be nearest, bilinear or bicubic: {kind!r}")
 
 
-def _resize(
+def resize_image(
     image: np.ndarray, size: tuple[int, int], kind: str, antialias: bool = True
 ) -> np.ndarray:
+    """Returns the image [H, W, 3] uint8 at `size`, (height, width); see `Resize`."""
     height, width = image.shape[:2]
     if (height, width) == size:
         return image
@@ -88,7 +89,7 @@ class Resize:
         _check_kind(self.kind, self.antialias)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return _resize(image, pair(self.size), self.kind, self.antialias)
+        return resize_image(image, pair(self.size), self.kind, self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,35 +100,55 @@ class ResizeSmall:
         size: of the smaller side.
         kind: a key of `KINDS`.
         antialias: as in `Resize`.
+        floor: round the longer side down, as torchvision and transformers do, instead of to the
+            nearest int.
     """
 
     size: int
     kind: str = "bilinear"
     antialias: bool = True
+    floor: bool = False
 
     def __post_init__(self):
         pair(self.size)
         _check_kind(self.kind, self.antialias)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        scale = self.size / min(image.shape[:2])
-        height, width = (max(self.size, round(side * scale)) for side in image.shape[:2])
-        return _resize(image, (height, width), self.kind, self.antialias)
+        sides, small = image.shape[:2], min(image.shape[:2])
+        if self.floor:
+            height, width = (self.size * side // small for side in sides)
+        else:
+            scale = self.size / small
+            height, width = (max(self.size, round(side * scale)) for side in sides)
+        return resize_image(image, (height, width), self.kind, self.antialias)
 
 
 @dataclasses.dataclass(frozen=True)
 class CenterCrop:
-    """Cuts out the middle; raises ValueError if the image is smaller than that."""
+    """Cuts out the middle.
+
+    Attributes:
+        size: of the result.
+        fill: value in 0..255 of what lies outside a smaller image; None raises ValueError there.
+    """
 
     size: Size
+    fill: int | None = None
 
     def __post_init__(self):
         pair(self.size)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         (height, width), (h, w) = image.shape[:2], pair(self.size)
-        _check_room((h, w), (height, width), "center_crop")
         top, left = (height - h) // 2, (width - w) // 2
+        if self.fill is None:
+            _check_room((h, w), (height, width), "center_crop")
+        elif top < 0 or left < 0:
+            window = np.full((h, w, 3), self.fill, np.uint8)
+            inside = image[max(top, 0) : max(top, 0) + h, max(left, 0) : max(left, 0) + w]
+            y, x = max(-top, 0), max(-left, 0)
+            window[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+            return window
         return image[top : top + h, left : left + w]
 
 
@@ -225,7 +246,7 @@ class RandomResizedCrop:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         top, left, h, w = self._window(*image.shape[:2], rng)
-        return _resize(image[top : top + h, left : left + w], pair(self.size), self.kind)
+        return resize_image(image[top : top + h, left : left + w], pair(self.size), self.kind)
 
     def _window(
         self, height: int, width: int, rng: np.random.Generator

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax_vlm.build import build
+from flax_vlm.data.hf_tokenizers import load_tokenizer
 from flax_vlm.data.images import IMAGE_OPS, pair
 from flax_vlm.data.pipeline import Preprocess
 from flax_vlm.data.sources import Source
@@ -20,8 +21,9 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
     """Returns the tokenizer of a config.
 
     Args:
-        text: `data.text`: tokenizer "bpe" (trained on the captions), "byte" or "file" (`path` of a
-            tokenizer.json); vocab_size, lower, bos.
+        text: `data.text`: tokenizer "bpe" (trained on the captions), "byte", "file" (`path` of a
+            tokenizer.json) or "pretrained" (`path` of a checkpoint folder in the Hugging Face
+            format); vocab_size, lower, bos.
         source: opens the source of captions; called only where one is trained.
 
     Raises:
@@ -40,8 +42,12 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
     def file(path: str) -> Tokenizer:
         return Tokenizer.load(path)
 
-    table = {"bpe": bpe, "byte": byte, "file": file}
-    keys = ("path",) if text["tokenizer"] == "file" else ("vocab_size", "lower", "bos")
+    def pretrained(path: str) -> Tokenizer:
+        return load_tokenizer(path).tokenizer
+
+    table = {"bpe": bpe, "byte": byte, "file": file, "pretrained": pretrained}
+    has_path = text["tokenizer"] in ("file", "pretrained")
+    keys = ("path",) if has_path else ("vocab_size", "lower", "bos")
     spec = {"name": text["tokenizer"], **{key: text[key] for key in keys}}
     return build(table, spec, "data.text.tokenizer")
 

@@ -28,11 +28,12 @@ FILE = "tokenizer.json"
 class Tokenizer:
     """Texts to padded arrays of ids and back.
 
-    The end token is kept when a text is cut, because text encoders pool there.
+    The end token is kept when a text is cut, because text encoders pool there. Which ids pad, end
+    and begin is read from the file: from its padding and from what it puts around a text.
 
     Attributes:
         vocab_size: number of ids, <unused..> included.
-        pad_id: 0.
+        pad_id: fills rows up; some checkpoints use the end token for it.
         eos_id: ends every text.
         bos_id: starts every text; None if the tokenizer has none.
     """
@@ -41,13 +42,19 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(json)
         # not in the file: "<eos>" in a caption is text, not the end of it
         self._tokenizer.encode_special_tokens = True
-        ids = [self._tokenizer.token_to_id(token) for token in (PAD, EOS, BOS)]
-        if ids[0] is None or ids[1] is None:
+        padding = self._tokenizer.padding
+        around = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        ids = self._tokenizer.encode("").ids
+        if padding is None or around not in (1, 2):
             raise ValueError(
-                f"a tokenizer of flax_vlm must have the tokens {PAD} and {EOS}, got ids {ids[:2]}; "
-                f"make it with train_bpe or byte_level"
+                f"the tokenizer of flax_vlm must state its padding and put an end token behind "
+                f"every text (and at most one before it), got padding {padding} and {around} "
+                f"tokens around a text; make it with train_bpe or byte_level, or read the folder "
+                f"of a checkpoint with load_tokenizer"
             )
-        self.pad_id, self.eos_id, self.bos_id = ids
+        self.pad_id: int = padding["pad_id"]
+        self.eos_id: int = ids[-1]
+        self.bos_id: int | None = ids[0] if around == 2 else None
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def __reduce__(self):
@@ -99,6 +106,17 @@ class Tokenizer:
         tokens = array.tolist()
         end = tokens.index(self.eos_id) if self.eos_id in tokens else len(tokens)
         return self._tokenizer.decode(tokens[:end])
+
+    def token(self, index: int) -> str:
+        """Returns how the token with this id is written.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = self._tokenizer.id_to_token(index)
+        if found is None:
+            raise ValueError(f"a token id must be below {self.vocab_size}, got {index}")
+        return found
 
     def to_json(self) -> str:
         """Returns what `save` writes."""

@@ -12,10 +12,11 @@ ImageNet names have.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,22 +34,26 @@ from flax_vlm.evaluation.classification import (
 if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset
 
-# "clip_best" as in big_vision: the seven of CLIP's notebook Prompt_Engineering_for_ImageNet, and
-# the bare name.
+
+def _read(name: str) -> dict[str, Any]:
+    """Returns a data file of this folder; it states its source and licence."""
+    text = pathlib.Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+_PROMPTS = _read("prompt_templates.json")
+
+# "imagenet": CLIP's 80 for ImageNet; "short": the seven of them that serve as well; "clip_best" as
+# in big_vision: those and the bare name
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
-    "clip_best": (
-        "itap of a {}.",
-        "a bad photo of the {}.",
-        "a origami {}.",
-        "a photo of the large {}.",
-        "a {} in a video game.",
-        "art of the {}.",
-        "a photo of the small {}.",
-        "{}",
-    ),
+    "imagenet": tuple(_PROMPTS["imagenet"]),
+    "short": tuple(_PROMPTS["short"]),
+    "clip_best": (*_PROMPTS["short"], "{}"),
 }
-
+CLASS_NAMES: dict[str, tuple[str, ...]] = {
+    "imagenet": tuple(_read("imagenet_names.json")["names"]),
+}
 
 MAX_CLASSES_SHOWN = 10  # rows and columns of similarity.png
 
@@ -61,8 +66,8 @@ class ZeroShot:
         dataset: examples with a label; its tokenizer encodes the prompts.
         batch_size: global; changes no result.
         templates: prompts with one "{}" each, or a key of TEMPLATES.
-        class_names: one per label; None takes those of the dataset's source. Of synonyms separated
-            by commas the first is used.
+        class_names: one per label, or a key of CLASS_NAMES; None takes those of the dataset's
+            source. Of synonyms separated by commas the first is used.
         canonicalize: lower case without punctuation, as SigLIP was trained.
         num_pictures: test images in predictions.png.
     """
@@ -70,7 +75,7 @@ class ZeroShot:
     dataset: Dataset
     batch_size: int = 256
     templates: str | Sequence[str] = "clip_best"
-    class_names: Sequence[str] | None = None
+    class_names: str | Sequence[str] | None = None
     canonicalize: bool = False
     num_pictures: int = 24
 
@@ -137,6 +142,8 @@ class ZeroShot:
 
     def _names(self) -> list[str]:
         names = self.class_names or self.dataset.source.class_names or ()
+        if isinstance(names, str):
+            names = lookup(CLASS_NAMES, names, "set of class names")
         return [name.split(",")[0] for name in names]
 
 

@@ -187,3 +187,21 @@ def test_wrong_option_is_refused_when_the_op_is_built(name, options, message):
 def test_crop_larger_than_the_image_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} of 13 x 5 must fit into the image, got 12 x 18"):
         run(op(name, size=(13, 5)))
+
+
+def test_resize_small_rounds_the_longer_side_down_on_demand():
+    image = np.zeros((11, 20, 3), np.uint8)  # 8 * 20 / 11 = 14.5...
+    assert run(op("resize_small", size=8), image).shape == (8, 15, 3)
+    assert run(op("resize_small", size=8, floor=True), image).shape == (8, 14, 3)
+    upright = image.transpose(1, 0, 2)
+    assert run(op("resize_small", size=8, floor=True), upright).shape == (14, 8, 3)
+
+
+def test_center_crop_fills_what_lies_outside_on_demand():
+    wide = run(op("center_crop", size=(6, 21), fill=9))
+    assert wide.shape == (6, 21, 3)
+    # two columns more than half of the odd margin on the left, as transformers' Pillow classes
+    np.testing.assert_array_equal(wide[:, 2:20], IMAGE[3:9])
+    assert (wide[:, :2] == 9).all() and (wide[:, 20:] == 9).all()
+    small = run(op("center_crop", size=(5, 9), fill=9))
+    np.testing.assert_array_equal(small, run(op("center_crop", size=(5, 9))))
