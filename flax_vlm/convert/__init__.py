@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of other libraries, in and out: families by the `model_type` of their config.json."""
+
+from flax_vlm.convert import clip, siglip, vit
+from flax_vlm.convert.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "vit": vit.FAMILY,
+    "clip": clip.FAMILY,
+    "siglip": siglip.FAMILY,
+}
