@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from flax_vlm.build import build
 from flax_vlm.convert.loading import load_pretrained
@@ -83,3 +84,14 @@ def relative_error(ours, reference):
     """Returns the largest difference, in units of the largest reference."""
     reference = reference.detach().numpy()
     return float(np.abs(np.asarray(ours) - reference).max() / np.abs(reference).max())
+
+
+def swapped(folder, *pairs):
+    """Exchanges tensors in a folder: names where one part is replaced by another."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for a, b in pairs:
+        for name in [n for n in tensors if a in n]:
+            other = name.replace(a, b)
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -23,6 +23,7 @@ from tests.parity.reference import (
     randomise,
     relative_error,
     save,
+    swapped,
 )
 
 SMALL = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
@@ -181,17 +182,6 @@ def test_siglip_gives_the_numbers_of_transformers(shape, tmp_path):
     vision, text, size = SIGLIP_SHAPES[shape]
     model = siglip(vision, text)
     assert two_tower_error(model, save(model, tmp_path), size) <= TOLERANCE
-
-
-def swapped(folder, *pairs):
-    """Exchanges tensors in a folder: names where one part is replaced by another."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for a, b in pairs:
-        for name in [n for n in tensors if a in n]:
-            other = name.replace(a, b)
-            tensors[name], tensors[other] = tensors[other], tensors[name]
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 VIT_MUTATIONS = {
