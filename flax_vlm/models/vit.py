@@ -19,7 +19,7 @@ bias-free head. SigLIP: pooling "map". DINOv2 (Oquab et al. 2023, arXiv:2304.071
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from flax import linen as nn
 
 from flax_vlm.build import build, lookup
 from flax_vlm.models.variants import decode_variant
+from flax_vlm.models.vit_checks import check_choices, check_image
 from flax_vlm.nn.initializers import INITS
 from flax_vlm.nn.norms import LayerNorm
 from flax_vlm.nn.patches import PatchEmbed, as_pair, drop_patches, grid_size, num_kept
@@ -35,9 +36,6 @@ from flax_vlm.nn.pooling import MAPHead, pool_class_token, pool_mean
 from flax_vlm.nn.positions import sincos2d
 from flax_vlm.nn.rotary import Rotary, rotary2d
 from flax_vlm.nn.transformer import Encoder
-
-POOLINGS = ("cls", "gap", "map")
-POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 
 @jax.tree_util.register_dataclass
@@ -233,7 +231,7 @@ class VisionTransformer(nn.Module):
     def _encode(
         self, image: jax.Array, *, train: bool, masked: jax.Array | None = None
     ) -> VisionOutput:
-        self._check_image(image)
+        check_image(image, self.image_size)
         x = self._embed(image, train=train, masked=masked)  # [B, T, D]
         x = self.embedding_dropout(x, deterministic=not train)
         if self.pre_norm:
@@ -286,18 +284,6 @@ class VisionTransformer(nn.Module):
             return pool_mean(tokens, num_prefix=self.num_prefix)
         return self.pool(tokens)
 
-    def _check_image(self, image: jax.Array) -> None:
-        height, width = as_pair(self.image_size)
-        if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise ValueError(
-                f"images must be normalised floats, got {image.dtype}; see batch.normalize_image"
-            )
-        if image.ndim != 4 or image.shape[1:3] != (height, width):
-            raise ValueError(
-                f"this encoder was built for images [B, {height}, {width}, C], "
-                f"got {tuple(image.shape)}; set image_size, or resize it in the data config"
-            )
-
 
 class ViTClassifier(VisionTransformer):
     """A VisionTransformer with a linear layer `head` to classes.
@@ -338,23 +324,18 @@ class ViTClassifier(VisionTransformer):
         return self._encode(image, train=train)
 
 
-def check_choices(model: VisionTransformer) -> None:
-    """Raises ValueError if the fields of a VisionTransformer contradict each other."""
-    if model.pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {model.pooling!r}, choose one of {list(POOLINGS)}")
-    if model.pooling == "cls" and not model.class_token:
-        raise ValueError('pooling "cls" needs class_token=True, got False; choose "gap" or "map"')
-    if model.position_embedding not in POSITION_EMBEDDINGS:
-        raise ValueError(
-            f"unknown position_embedding {model.position_embedding!r}, "
-            f"choose one of {list(POSITION_EMBEDDINGS)}"
-        )
-    num_kept(1, model.patch_dropout)
-    if model.patch_dropout and model.rotary_grid is not None:
-        raise ValueError(
-            f"rotary positions need every patch, got patch_dropout {model.patch_dropout}; set 0"
-        )
-    _ = model.grid
+def vit_fields(
+    variant: str | None, pool: str, class_token: bool | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the fields of a VisionTransformer; for the arguments see `build_vit`."""
+    given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
+    given |= decode_variant(variant) if variant is not None else {}
+    given |= fields
+    # lists from JSON: fields must be hashable
+    for key in ("image_size", "patch_size", "rotary_grid"):
+        if given.get(key) is not None:
+            given[key] = given[key] if isinstance(given[key], int) else as_pair(given[key])
+    return given
 
 
 def build_vit(
@@ -379,13 +360,7 @@ def build_vit(
         ValueError: for an unknown field, a patch size that does not divide the image, or fields
             that contradict each other.
     """
-    given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
-    given |= decode_variant(variant) if variant is not None else {}
-    given |= fields
-    # lists from JSON: fields must be hashable
-    for key in ("image_size", "patch_size", "rotary_grid"):
-        if given.get(key) is not None:
-            given[key] = given[key] if isinstance(given[key], int) else as_pair(given[key])
+    given = vit_fields(variant, pool, class_token, fields)
     if num_classes is None:
         model = build({"vit": VisionTransformer}, {"name": "vit", **given}, "model")
     else:
