@@ -11,13 +11,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import lookup
 from flax_vlm.models import MODELS
-from flax_vlm.nn.patches import as_pair
+from flax_vlm.models.parameter_shapes import parameter_shapes
 from flax_vlm.trees import num_parameters
 
 VIT_JAX = "google-research/vision_transformer, vit_jax/models_test.py, MODEL_SIZES"
@@ -136,12 +134,7 @@ PUBLISHED: dict[str, Published] = {
 
 def count_parameters(model: nn.Module) -> int:
     """Returns the number of parameters of a model of MODELS; computes and allocates nothing."""
-    image_tower = getattr(model, "image", model)
-    size = as_pair(image_tower.image_size)
-    inputs = [jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)]
-    if hasattr(model, "text"):
-        inputs.append(jax.ShapeDtypeStruct((1, model.text.length), jnp.int32))
-    return num_parameters(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    return num_parameters(parameter_shapes(model))
 
 
 def parameter_counts(names: Iterable[str] = tuple(PUBLISHED)) -> list[Row]:

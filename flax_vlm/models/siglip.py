@@ -18,7 +18,7 @@ from typing import Any
 
 from flax_vlm.build import lookup
 from flax_vlm.models.two_towers import TwoTowers, build_towers
-from flax_vlm.models.vit import decode_variant
+from flax_vlm.models.variants import decode_variant
 
 Spec = Mapping[str, Any]
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import build, lookup
-from flax_vlm.models.vit import VARIANTS
+from flax_vlm.models.variants import VARIANTS
 from flax_vlm.nn.initializers import INITS
 from flax_vlm.nn.masks import padding_mask
 from flax_vlm.nn.pooling import pool_end_of_text, pool_last
@@ -169,8 +169,8 @@ def build_text_encoder(
     """Returns a TextEncoder.
 
     Args:
-        variant: a size of vit.VARIANTS, "B"; None takes width, depth, mlp_dim and num_heads from
-            `fields`.
+        variant: a size of variants.VARIANTS, "B"; None takes width, depth, mlp_dim and num_heads
+            from `fields`.
         pool: the field `pooling`.
         **fields: other fields of TextEncoder; they win over the variant.
 

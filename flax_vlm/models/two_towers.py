@@ -18,11 +18,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import build
+from flax_vlm.models.naflex import build_naflex_vit
 from flax_vlm.models.text_encoder import build_text_encoder
 from flax_vlm.models.vit import build_vit
 from flax_vlm.nn.norms import l2_normalize
 
-IMAGE_ENCODERS: dict[str, Callable[..., nn.Module]] = {"vit": build_vit}
+IMAGE_ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "vit": build_vit,
+    "naflex_vit": build_naflex_vit,
+}
 TEXT_ENCODERS: dict[str, Callable[..., nn.Module]] = {"text_encoder": build_text_encoder}
 
 

@@ -9,14 +9,17 @@ Differs from the paper: initialisers, GELU kind (tanh) and epsilon (1e-6) follow
 of its own as in the paper, Hugging Face and CLIP; big_vision adds the positions before it puts the
 class token in front (`class_position=False`).
 
-CLIP's tower is this module with `pre_norm`, no `patch_bias`, "quick_gelu" and a bias-free head;
-SigLIP's with pooling "map".
+Other families are this module with other fields. CLIP: `pre_norm`, no `patch_bias`, "quick_gelu", a
+bias-free head. SigLIP: pooling "map". DINOv2 (Oquab et al. 2023, arXiv:2304.07193): `layer_scale`,
+`mask_token`, the giant `gated_mlp`; with registers (Darcet et al. 2023, arXiv:2309.16588):
+`num_registers`. EVA-02 (Fang et al. 2023, arXiv:2303.11331): `rotary_grid`, `gated_mlp`,
+`sub_norm`, `qkv_bias` "qv".
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,39 +27,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import build, lookup
+from flax_vlm.models.variants import decode_variant
+from flax_vlm.models.vit_checks import check_choices, check_image
 from flax_vlm.nn.initializers import INITS
 from flax_vlm.nn.norms import LayerNorm
 from flax_vlm.nn.patches import PatchEmbed, as_pair, drop_patches, grid_size, num_kept
 from flax_vlm.nn.pooling import MAPHead, pool_class_token, pool_mean
 from flax_vlm.nn.positions import sincos2d
+from flax_vlm.nn.rotary import Rotary, rotary2d
 from flax_vlm.nn.transformer import Encoder
-
-
-def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int]:
-    return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
-
-
-# Source: big_vision `models/vit.py` at 0127fb6, decode_variant. Papers: B, L, H ViT; Ti DeiT
-# (arXiv:2012.12877); g, G arXiv:2106.04560, table 2; e PaLI (arXiv:2209.06794); So400m
-# arXiv:2305.13035; g-opt SigLIP 2 (arXiv:2502.14786).
-VARIANTS: dict[str, dict[str, int]] = {
-    "mu": _size(32, 1, 128, 2),
-    "Ti": _size(192, 12, 768, 3),
-    "S": _size(384, 12, 1536, 6),
-    "M": _size(512, 12, 2048, 8),
-    "B": _size(768, 12, 3072, 12),
-    "L": _size(1024, 24, 4096, 16),
-    "So400m": _size(1152, 27, 4304, 16),
-    "H": _size(1280, 32, 5120, 16),
-    "g": _size(1408, 40, 6144, 16),
-    "g-opt": _size(1536, 40, 6144, 16),
-    "G": _size(1664, 48, 8192, 16),
-    "G-opt": _size(1536, 48, 8192, 16),
-    "e": _size(1792, 56, 15360, 16),
-}
-
-POOLINGS = ("cls", "gap", "map")
-POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +44,8 @@ class VisionOutput:
     """What a vision encoder returns.
 
     Attributes:
-        tokens: [B, T, D] after the final norm: the class token, if there is one, then the patches
-            in row-major order.
+        tokens: [B, T, D] after the final norm: the class token, if there is one, the registers, the
+            patches in row-major order.
         pooled: [B, D], or [B, E] where the encoder has a head.
     """
 
@@ -77,7 +56,9 @@ class VisionOutput:
 class VisionTransformer(nn.Module):
     """An image encoder.
 
-        tokens = norm(blocks(ln_pre([cls + positions[0], patches(image) + positions[1:]])))
+        before: patches(image) + positions[1:]                                  [B, P, D]
+        after:  [cls + positions[0] | registers | patches(image) + positions[1:]]
+        tokens = norm(blocks(ln_pre(after)))                                    [B, T, D]
 
     Attributes:
         width: D.
@@ -91,16 +72,25 @@ class VisionTransformer(nn.Module):
         class_token: put a learned token in front of the patches.
         class_position: the class token has a learned position too (as in the paper, Hugging Face
             and CLIP).
+        num_registers: learned tokens without position between class token and patches.
+        mask_token: a learned vector that can stand for patches; see `__call__`.
         position_embedding: "learned", or "sincos2d", a fixed table without parameters (and zero for
             the class token).
+        rotary_grid: (rows, columns) of the grid that rotary positions were trained on; every block
+            then turns q and k of the patches too. None has no rotary positions.
         patch_bias: the patch embedding has a bias; not in CLIP.
         drop_remainder: ignore border pixels that fill no patch; see patches.grid_size.
         pre_norm: a norm `ln_pre` before the first block, as in CLIP.
         activation: a key of mlp.ACTIVATIONS.
         norm_eps: epsilon of every norm.
+        qkv_bias: which of q, k and v have a bias, "qkv", "qv" or "".
+        gated_mlp: see mlp.Mlp.
+        sub_norm: see transformer.Block.
+        layer_scale: see transformer.Block.
         embed_dim: E of the head, a linear map of the pooled vector computed in float32; None has no
             head.
         head_bias: the head has a bias; not in CLIP.
+        head_tanh: tanh after the head (the "pooler" of Hugging Face's ViT).
         patch_dropout: share of the patches dropped in training (FLIP); the class token always
             stays.
         dropout: rate in the encoder and on the embedded tokens.
@@ -120,14 +110,22 @@ class VisionTransformer(nn.Module):
     pooling: str = "cls"
     class_token: bool = True
     class_position: bool = True
+    num_registers: int = 0
+    mask_token: bool = False
     position_embedding: str = "learned"
+    rotary_grid: tuple[int, int] | None = None
     patch_bias: bool = True
     drop_remainder: bool = False
     pre_norm: bool = False
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
+    qkv_bias: str = "qkv"
+    gated_mlp: bool = False
+    sub_norm: bool = False
+    layer_scale: float | None = None
     embed_dim: int | None = None
     head_bias: bool = True
+    head_tanh: bool = False
     patch_dropout: float = 0.0
     dropout: float = 0.0
     init_scheme: str = "vit"
@@ -140,6 +138,11 @@ class VisionTransformer(nn.Module):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return grid_size(self.image_size, self.patch_size, drop_remainder=self.drop_remainder)
+
+    @property
+    def num_prefix(self) -> int:
+        """How many tokens stand before the patches."""
+        return int(self.class_token) + self.num_registers
 
     def setup(self) -> None:
         """Creates the parts; their names are the parameter paths."""
@@ -155,6 +158,12 @@ class VisionTransformer(nn.Module):
         )
         if self.class_token:
             self.cls = self.param("cls", inits.class_token, (1, self.width), jnp.float32)
+        if self.num_registers:
+            shape = (self.num_registers, self.width)
+            self.registers = self.param("registers", inits.class_token, shape, jnp.float32)
+        if self.mask_token:
+            shape = (1, self.width)
+            self.mask = self.param("mask", nn.initializers.zeros, shape, jnp.float32)
         if self.position_embedding == "learned":
             length = self.grid[0] * self.grid[1] + int(self.class_token and self.class_position)
             self.positions = self.param(
@@ -169,6 +178,10 @@ class VisionTransformer(nn.Module):
             self.mlp_dim,
             activation=self.activation,
             norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias,
+            gated_mlp=self.gated_mlp,
+            sub_norm=self.sub_norm,
+            layer_scale=self.layer_scale,
             init_scheme=self.init_scheme,
             dropout=self.dropout,
             dtype=self.dtype,
@@ -194,43 +207,66 @@ class VisionTransformer(nn.Module):
                 dtype=jnp.float32,
             )
 
-    def __call__(self, image: jax.Array, *, train: bool = False) -> VisionOutput:
+    def __call__(
+        self, image: jax.Array, *, train: bool = False, masked: jax.Array | None = None
+    ) -> VisionOutput:
         """Returns the tokens and the pooled vector.
 
         Args:
             image: [B, H, W, C] float32, normalised.
+            masked: [B, P] bool, True = the mask token stands for this patch (its position stays).
             train: dropout ("dropout") and patch dropout ("patch_dropout") are on and need their
                 rngs.
 
         Raises:
-            ValueError: if the image is not float, or has another size than the encoder's.
+            ValueError: if the image is not float, or has another size than the encoder's, or
+                patches are masked without a mask token.
         """
-        output = self._encode(image, train=train)
+        output = self._encode(image, train=train, masked=masked)
         if self.embed_dim is None:
             return output
-        return VisionOutput(output.tokens, self.head(output.pooled))
+        pooled = self.head(output.pooled)
+        return VisionOutput(output.tokens, jnp.tanh(pooled) if self.head_tanh else pooled)
 
-    def _encode(self, image: jax.Array, *, train: bool) -> VisionOutput:
-        self._check_image(image)
-        x = self._embed(image, train=train)  # [B, T, D]
+    def _encode(
+        self, image: jax.Array, *, train: bool, masked: jax.Array | None = None
+    ) -> VisionOutput:
+        check_image(image, self.image_size)
+        x = self._embed(image, train=train, masked=masked)  # [B, T, D]
         x = self.embedding_dropout(x, deterministic=not train)
         if self.pre_norm:
             x = self.ln_pre(x)
-        tokens = self.encoder(x, deterministic=not train)
+        tokens = self.encoder(x, None, self._rotary(), deterministic=not train)
         return VisionOutput(tokens, self._pool(tokens))
 
-    def _embed(self, image: jax.Array, *, train: bool) -> jax.Array:
+    def _embed(self, image: jax.Array, *, train: bool, masked: jax.Array | None) -> jax.Array:
         x = self.patches(image)  # [B, P, D]
+        if masked is not None:
+            if not self.mask_token:
+                raise ValueError("masked patches need mask_token=True, got False")
+            x = jnp.where(masked[:, :, None], self.mask[None].astype(x.dtype), x)
         patch_positions, class_position = self._position_table()
         x = x + patch_positions[None].astype(x.dtype)
         keep = num_kept(x.shape[1], self.patch_dropout)
         if train and keep < x.shape[1]:
             x = drop_patches(x, self.make_rng("patch_dropout"), keep)
-        if self.class_token:
-            cls = (self.cls + class_position)[None].astype(x.dtype)  # [1, 1, D]
-            cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
-            x = jnp.concatenate([cls, x], axis=1)  # [B, 1 + P, D]
+        prefix = [self.cls + class_position] if self.class_token else []  # [1, D]
+        prefix += [self.registers] if self.num_registers else []  # [R, D]
+        if prefix:
+            first = jnp.concatenate(prefix)[None].astype(x.dtype)
+            first = jnp.broadcast_to(first, (x.shape[0], *first.shape[1:]))
+            x = jnp.concatenate([first, x], axis=1)  # [B, 1 + R + P, D]
         return x
+
+    def _rotary(self) -> Rotary | None:
+        if self.rotary_grid is None:
+            return None
+        return rotary2d(
+            self.grid,
+            self.width // self.num_heads,
+            reference=self.rotary_grid,
+            num_prefix=self.num_prefix,
+        )
 
     def _position_table(self) -> tuple[jax.Array, jax.Array]:
         """Returns the positions of the patches [P, D] and of the class token [1, D]."""
@@ -245,20 +281,8 @@ class VisionTransformer(nn.Module):
         if self.pooling == "cls":
             return pool_class_token(tokens)
         if self.pooling == "gap":
-            return pool_mean(tokens, num_prefix=int(self.class_token))
+            return pool_mean(tokens, num_prefix=self.num_prefix)
         return self.pool(tokens)
-
-    def _check_image(self, image: jax.Array) -> None:
-        height, width = as_pair(self.image_size)
-        if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise ValueError(
-                f"images must be normalised floats, got {image.dtype}; see batch.normalize_image"
-            )
-        if image.ndim != 4 or image.shape[1:3] != (height, width):
-            raise ValueError(
-                f"this encoder was built for images [B, {height}, {width}, C], "
-                f"got {tuple(image.shape)}; set image_size, or resize it in the data config"
-            )
 
 
 class ViTClassifier(VisionTransformer):
@@ -300,36 +324,18 @@ class ViTClassifier(VisionTransformer):
         return self._encode(image, train=train)
 
 
-def check_choices(model: VisionTransformer) -> None:
-    """Raises ValueError if the fields of a VisionTransformer contradict each other."""
-    if model.pooling not in POOLINGS:
-        raise ValueError(f"unknown pooling {model.pooling!r}, choose one of {list(POOLINGS)}")
-    if model.pooling == "cls" and not model.class_token:
-        raise ValueError('pooling "cls" needs class_token=True, got False; choose "gap" or "map"')
-    if model.position_embedding not in POSITION_EMBEDDINGS:
-        raise ValueError(
-            f"unknown position_embedding {model.position_embedding!r}, "
-            f"choose one of {list(POSITION_EMBEDDINGS)}"
-        )
-    num_kept(1, model.patch_dropout)
-    _ = model.grid
-
-
-def decode_variant(variant: str) -> dict[str, int]:
-    """Returns the fields that "B/16" stands for: width, depth, mlp_dim, num_heads, patch_size.
-
-    Without "/16" there is no patch_size.
-
-    Raises:
-        ValueError: if the size is not in VARIANTS or the patch size is not a number.
-    """
-    size, _, patch = variant.partition("/")
-    fields = dict(lookup(VARIANTS, size, "variant"))
-    if not patch:
-        return fields
-    if not patch.isdigit():
-        raise ValueError(f'a variant is a size and a patch size such as "B/16", got {variant!r}')
-    return {**fields, "patch_size": int(patch)}
+def vit_fields(
+    variant: str | None, pool: str, class_token: bool | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the fields of a VisionTransformer; for the arguments see `build_vit`."""
+    given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
+    given |= decode_variant(variant) if variant is not None else {}
+    given |= fields
+    # lists from JSON: fields must be hashable
+    for key in ("image_size", "patch_size", "rotary_grid"):
+        if given.get(key) is not None:
+            given[key] = given[key] if isinstance(given[key], int) else as_pair(given[key])
+    return given
 
 
 def build_vit(
@@ -354,12 +360,7 @@ def build_vit(
         ValueError: for an unknown field, a patch size that does not divide the image, or fields
             that contradict each other.
     """
-    given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
-    given |= decode_variant(variant) if variant is not None else {}
-    given |= fields
-    for key in ("image_size", "patch_size"):  # lists from JSON: fields must be hashable
-        if key in given:
-            given[key] = given[key] if isinstance(given[key], int) else as_pair(given[key])
+    given = vit_fields(variant, pool, class_token, fields)
     if num_classes is None:
         model = build({"vit": VisionTransformer}, {"name": "vit", **given}, "model")
     else:

@@ -34,6 +34,8 @@ from flax_vlm.nn.ambient_mesh import (
     target_platform,
 )
 from flax_vlm.nn.masks import causal_mask, combine_masks
+from flax_vlm.nn.norms import LayerNorm
+from flax_vlm.nn.rotary import Rotary, rotate
 from flax_vlm.nn.splash import splash_attention
 from flax_vlm.shapes import check_shapes
 
@@ -209,8 +211,11 @@ def attend(
         return function(q, k, v, mask, is_causal, platform)
 
 
+QKV_BIASES = ("qkv", "qv", "")
+
+
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with parameters q, k, v [D, N, K] and o [N, K, D], all with bias.
+    """Multi-head attention with parameters q, k, v [D, N, K] and o [N, K, D].
 
     Asked for the collection "intermediates" (`apply(..., mutable=["intermediates"])`), it sows
     "attention_weights" [B, N, S, T] float32 and computes its output from them; inside a scanned
@@ -218,6 +223,8 @@ class MultiHeadAttention(nn.Module):
 
     Attributes:
         num_heads: N; must divide the width.
+        qkv_bias: which of q, k and v have a bias: "qkv", "qv" (EVA-02) or "". o always has one.
+        norm_eps: epsilon of a LayerNorm `norm` before o (sub-LN, EVA-02); None has none.
         implementation: "auto" or a key of IMPLEMENTATIONS.
         dtype: of the matmuls; parameters are float32.
         in_init: initialiser of the q, k, v kernels.
@@ -225,6 +232,8 @@ class MultiHeadAttention(nn.Module):
     """
 
     num_heads: int
+    qkv_bias: str = "qkv"
+    norm_eps: float | None = None
     implementation: str = "auto"
     dtype: str = "float32"
     in_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
@@ -238,6 +247,7 @@ class MultiHeadAttention(nn.Module):
         *,
         mask: jax.Array | None = None,
         is_causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> jax.Array:
         """Returns [B, S, D].
 
@@ -246,17 +256,30 @@ class MultiHeadAttention(nn.Module):
             context: [B, T, D'], where keys and values come from; None takes `x` (self-attention).
             mask: [B|1, N|1, S|1, T] bool, True = keep.
             is_causal: also hide what comes after each query.
+            rotary: angles that q and k are turned by; None turns nothing.
         """
         width = x.shape[-1]
+        if self.qkv_bias not in QKV_BIASES:
+            raise ValueError(f"unknown qkv_bias {self.qkv_bias!r}, choose one of {QKV_BIASES}")
         if width % self.num_heads:
             raise ValueError(
                 f"num_heads must divide the width, got width {width} and {self.num_heads} heads"
             )
         context = x if context is None else context
-        head = dict(features=(self.num_heads, width // self.num_heads), dtype=self.dtype)
-        q = nn.DenseGeneral(name="q", kernel_init=self.in_init, **head)(x)  # [B, S, N, K]
-        k = nn.DenseGeneral(name="k", kernel_init=self.in_init, **head)(context)  # [B, T, N, K]
-        v = nn.DenseGeneral(name="v", kernel_init=self.in_init, **head)(context)  # [B, T, N, K]
+
+        def project(name: str, y: jax.Array) -> jax.Array:
+            return nn.DenseGeneral(
+                (self.num_heads, width // self.num_heads),
+                use_bias=name in self.qkv_bias,
+                dtype=self.dtype,
+                kernel_init=self.in_init,
+                name=name,
+            )(y)
+
+        q = project("q", x)  # [B, S, N, K]
+        k, v = project("k", context), project("v", context)  # [B, T, N, K]
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(q, k, mask, is_causal=is_causal)
             self.sow("intermediates", "attention_weights", weights)
@@ -265,6 +288,10 @@ class MultiHeadAttention(nn.Module):
             out = attend(
                 q, k, v, mask=mask, is_causal=is_causal, implementation=self.implementation
             )
+        if self.norm_eps is not None:
+            out = out.reshape(*out.shape[:2], width)  # [B, S, N K]: the norm is over all heads
+            out = LayerNorm(self.norm_eps, name="norm")(out)
+            out = out.reshape(*out.shape[:2], self.num_heads, width // self.num_heads)
         return nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="o"
         )(out)  # [B, S, D]

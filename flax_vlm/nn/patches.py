@@ -53,6 +53,22 @@ def grid_size(
     return height // patch_h, width // patch_w
 
 
+def patchify(image: jax.Array, patch_size: Size, *, drop_remainder: bool = False) -> jax.Array:
+    """Returns the pixels of every patch, [B, P, h w C], patches in row-major order.
+
+    Args:
+        image: [B, H, W, C].
+        patch_size: pixels, a number or (height, width).
+        drop_remainder: see `grid_size`.
+    """
+    batch, height, width, channels = image.shape
+    patch_h, patch_w = as_pair(patch_size)
+    rows, columns = grid_size((height, width), patch_size, drop_remainder=drop_remainder)
+    x = image[:, : rows * patch_h, : columns * patch_w]
+    x = x.reshape(batch, rows, patch_h, columns, patch_w, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)  # [B, P, h w C]
+
+
 class PatchEmbed(nn.Module):
     """A linear map of every patch: a convolution whose stride is its kernel, written as one matmul.
 
@@ -74,18 +90,19 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
-        """Returns [B, P, D], patches in row-major order, for an image [B, H, W, C]."""
-        batch, height, width, channels = image.shape
+        """Returns [B, P, D], patches in row-major order.
+
+        Args:
+            image: [B, H, W, C], or patches that are cut already, [B, P, h w C].
+        """
         patch_h, patch_w = as_pair(self.patch_size)
-        rows, columns = grid_size(
-            (height, width), self.patch_size, drop_remainder=self.drop_remainder
-        )
+        x = jnp.asarray(image, self.dtype)
+        if x.ndim == 4:
+            x = patchify(x, self.patch_size, drop_remainder=self.drop_remainder)
+        channels = x.shape[-1] // (patch_h * patch_w)
         kernel = self.param(
             "kernel", self.kernel_init, (patch_h, patch_w, channels, self.width), jnp.float32
         )
-        x = jnp.asarray(image[:, : rows * patch_h, : columns * patch_w], self.dtype)
-        x = x.reshape(batch, rows, patch_h, columns, patch_w, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)  # [B, P, h w C]
         x = x @ kernel.astype(self.dtype).reshape(-1, self.width)  # [B, P, D]
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)

@@ -87,8 +87,13 @@ class MAPHead(nn.Module):
     attention_implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns [B, D] for tokens [B, T, D]."""
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns [B, D].
+
+        Args:
+            tokens: [B, T, D].
+            mask: [B, 1, 1, T] bool, True = may be attended to; None keeps all.
+        """
         batch, _, width = tokens.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32)
         probe = jnp.broadcast_to(probe.astype(self.dtype), (batch, 1, width))
@@ -99,7 +104,7 @@ class MAPHead(nn.Module):
             in_init=self.inits.attention_in,
             out_init=self.inits.attention_out,
             name="attention",
-        )(probe, tokens)  # [B, 1, D]
+        )(probe, tokens, mask=mask)  # [B, 1, D]
         y = LayerNorm(self.norm_eps, name="norm")(x)
         y = Mlp(
             self.mlp_dim,

@@ -10,6 +10,7 @@ with the depth. `unroll` trades that back for speed and changes no number.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import lookup
@@ -18,6 +19,7 @@ from flax_vlm.nn.attention import MultiHeadAttention
 from flax_vlm.nn.initializers import INITS, Init
 from flax_vlm.nn.mlp import Mlp
 from flax_vlm.nn.norms import LayerNorm
+from flax_vlm.nn.rotary import Rotary
 
 # What the backward pass finds saved; the rest it computes again. From most memory to least.
 REMAT_POLICIES = {
@@ -30,7 +32,10 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """One layer: x + attention(ln1(x)), then x + mlp(ln2(x)).
+    """One layer: x + scale1 attention(ln1(x)), then x + scale2 mlp(ln2(x)).
+
+    The scales are vectors [D] (LayerScale, Touvron et al. 2021, arXiv:2103.17239); most models have
+    none.
 
     Attributes:
         num_heads: N.
@@ -38,6 +43,10 @@ class Block(nn.Module):
         inits: initialisers of the tower.
         activation: a key of mlp.ACTIVATIONS.
         norm_eps: epsilon of both norms.
+        qkv_bias: which of q, k and v have a bias.
+        gated_mlp: see mlp.Mlp.
+        sub_norm: a norm before the last matmul of the attention and of the MLP (EVA-02).
+        layer_scale: initial value of the scales; None has none.
         dropout: rate, after the attention, inside the MLP and after it.
         is_causal: may a position see only what comes before it?
         dtype: of the matmuls; parameters are float32.
@@ -50,6 +59,10 @@ class Block(nn.Module):
     inits: Init
     activation: str
     norm_eps: float
+    qkv_bias: str = "qkv"
+    gated_mlp: bool = False
+    sub_norm: bool = False
+    layer_scale: float | None = None
     dropout: float = 0.0
     is_causal: bool = False
     dtype: str = "float32"
@@ -57,29 +70,37 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, rotary: Rotary | None
+    ) -> tuple[jax.Array, None]:
         """Returns ([B, S, D], None): the carry of the scan, and nothing per layer.
 
         Args:
             x: [B, S, D].
             mask: [B|1, N|1, S|1, S] bool, True = keep; None keeps all.
+            rotary: angles that q and k are turned by; None turns nothing.
         """
         x = keep_rows(x)
         drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
+        sub_norm_eps = self.norm_eps if self.sub_norm else None
         y = LayerNorm(self.norm_eps, name="ln1")(x)
         y = MultiHeadAttention(
             self.num_heads,
+            qkv_bias=self.qkv_bias,
+            norm_eps=sub_norm_eps,
             implementation=self.attention_implementation,
             dtype=self.dtype,
             in_init=self.inits.attention_in,
             out_init=self.inits.attention_out,
             name="attention",
-        )(y, mask=mask, is_causal=self.is_causal)
-        x = x + drop(y)
+        )(y, mask=mask, is_causal=self.is_causal, rotary=rotary)
+        x = x + drop(self._scale("scale1", y))
         y = LayerNorm(self.norm_eps, name="ln2")(x)
         y = Mlp(
             self.mlp_dim,
             activation=self.activation,
+            gated=self.gated_mlp,
+            norm_eps=sub_norm_eps,
             dropout=self.dropout,
             dtype=self.dtype,
             in_init=self.inits.mlp_in,
@@ -87,7 +108,14 @@ class Block(nn.Module):
             bias_init=self.inits.mlp_bias,
             name="mlp",
         )(y, deterministic=self.deterministic)
-        return keep_rows(x + drop(y)), None
+        return keep_rows(x + drop(self._scale("scale2", y))), None
+
+    def _scale(self, name: str, y: jax.Array) -> jax.Array:
+        if self.layer_scale is None:
+            return y
+        initial = nn.initializers.constant(self.layer_scale)
+        scale = self.param(name, initial, y.shape[-1:], jnp.float32)
+        return y * scale.astype(y.dtype)[None, None, :]
 
 
 class Encoder(nn.Module):
@@ -99,6 +127,10 @@ class Encoder(nn.Module):
         mlp_dim: M.
         activation: a key of mlp.ACTIVATIONS.
         norm_eps: epsilon of every norm.
+        qkv_bias: which of q, k and v have a bias.
+        gated_mlp: see mlp.Mlp.
+        sub_norm: see Block.
+        layer_scale: see Block.
         init_scheme: a key of initializers.INITS.
         dropout: rate.
         is_causal: may a position see only what comes before it?
@@ -113,6 +145,10 @@ class Encoder(nn.Module):
     mlp_dim: int
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
+    qkv_bias: str = "qkv"
+    gated_mlp: bool = False
+    sub_norm: bool = False
+    layer_scale: float | None = None
     init_scheme: str = "vit"
     dropout: float = 0.0
     is_causal: bool = False
@@ -123,13 +159,19 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        rotary: Rotary | None = None,
+        *,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Returns [B, S, D] after the final norm.
 
         Args:
             x: [B, S, D].
             mask: [B|1, N|1, S|1, S] bool, True = keep; None keeps all.
+            rotary: angles that q and k are turned by; None turns nothing.
             deterministic: no dropout.
         """
         policy = lookup(REMAT_POLICIES, self.remat, "remat policy")
@@ -151,6 +193,10 @@ class Encoder(nn.Module):
             inits=lookup(INITS, self.init_scheme, "init_scheme")(x.shape[-1], self.depth),
             activation=self.activation,
             norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias,
+            gated_mlp=self.gated_mlp,
+            sub_norm=self.sub_norm,
+            layer_scale=self.layer_scale,
             dropout=self.dropout,
             is_causal=self.is_causal,
             dtype=self.dtype,
@@ -158,5 +204,5 @@ class Encoder(nn.Module):
             deterministic=deterministic,
             name="blocks",
         )
-        x, _ = blocks(x, mask)
+        x, _ = blocks(x, mask, rotary)
         return LayerNorm(self.norm_eps, name="norm")(x)

@@ -28,12 +28,14 @@ from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
 TOWERS = ("image", "text")
 
 
-def encoder_flops(depth: int, width: int, mlp_dim: int, tokens: int) -> int:
+def encoder_flops(
+    depth: int, width: int, mlp_dim: int, tokens: int, *, gated_mlp: bool = False
+) -> int:
     """Returns the forward FLOPs of a transformer encoder on one sequence.
 
-    depth * (tokens * 2 * (4 D^2 + 2 D M) + 4 tokens^2 D)
+    depth * (tokens * 2 * (4 D^2 + 2 D M) + 4 tokens^2 D), with 3 D M where the MLP is gated
     """
-    matmuls = tokens * 2 * (4 * width * width + 2 * width * mlp_dim)
+    matmuls = tokens * 2 * (4 * width * width + (3 if gated_mlp else 2) * width * mlp_dim)
     return depth * (matmuls + 4 * tokens * tokens * width)
 
 
@@ -57,8 +59,10 @@ def vision_flops(
     rows, columns = grid_size(size, model.patch_size, drop_remainder=model.drop_remainder)
     patch_h, patch_w = as_pair(model.patch_size)
     flops = 2 * rows * columns * patch_h * patch_w * channels * model.width
-    tokens = num_kept(rows * columns, model.patch_dropout) + int(model.class_token)
-    flops += encoder_flops(model.depth, model.width, model.mlp_dim, tokens)
+    tokens = num_kept(rows * columns, model.patch_dropout) + model.num_prefix
+    flops += encoder_flops(
+        model.depth, model.width, model.mlp_dim, tokens, gated_mlp=model.gated_mlp
+    )
     if model.pooling == "map":
         flops += map_head_flops(model.width, model.mlp_dim, tokens)
     outputs = model.num_classes if isinstance(model, ViTClassifier) else model.embed_dim or 0

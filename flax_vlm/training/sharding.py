@@ -32,8 +32,8 @@ TENSOR_RULES: tuple[Rule, ...] = (
     (r".*/(q|k|v)/kernel", (None, "tensor", None)),  # [D, N, K]
     (r".*/(q|k|v)/bias", ("tensor", None)),  # [N, K]
     (r".*/o/kernel", ("tensor", None, None)),  # [N, K, D]
-    (r".*/fc1/kernel", (None, "tensor")),  # [D, M]
-    (r".*/fc1/bias", ("tensor",)),
+    (r".*/(fc1|gate)/kernel", (None, "tensor")),  # [D, M]
+    (r".*/(fc1|gate)/bias", ("tensor",)),
     (r".*/fc2/kernel", ("tensor", None)),  # [M, D]
     (r".*/embedding/embedding", ("tensor", None)),  # [V, D]
 )

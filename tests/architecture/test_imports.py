@@ -21,7 +21,7 @@ ALLOWED = {
     "models": BASE | {"nn"},
     "objectives": BASE | {"models", "losses"},
     "scaling": BASE | {"models", "nn"},
-    "convert": BASE | {"models"},
+    "convert": BASE | {"models", "nn"},
     "training": BASE | {"objectives.base"},
     "evaluation": BASE | {"objectives.base", "data"},
     "hub": BASE

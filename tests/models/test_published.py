@@ -5,7 +5,7 @@ import pytest
 
 from flax_vlm.models import clip, siglip
 from flax_vlm.models.published import PUBLISHED, Row, parameter_counts
-from flax_vlm.models.vit import VARIANTS
+from flax_vlm.models.variants import VARIANTS
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))

@@ -8,7 +8,8 @@ import pytest
 
 from flax_vlm.build import build
 from flax_vlm.models import MODELS
-from flax_vlm.models.vit import VARIANTS, VisionTransformer, ViTClassifier, build_vit
+from flax_vlm.models.variants import VARIANTS
+from flax_vlm.models.vit import VisionTransformer, ViTClassifier, build_vit
 from flax_vlm.nn.positions import sincos2d
 from tests.nn import oracle
 

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a checkpoint folder into (config of a model, parameters), without torch.
+
+Loading goes leaf by leaf: the host holds one leaf at a time (for scanned blocks all
+layers of one kernel), filled layer by layer from the file and handed to the devices that own its
+parts. Nothing from a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_vlm.build import build
+from flax_vlm.convert import FAMILIES
+from flax_vlm.convert.rules import (
+    Entry,
+    Ignored,
+    Part,
+    canonical_names,
+    check_tensors,
+    expand,
+)
+from flax_vlm.convert.safetensors_files import StoredTensor, list_tensors, read_json, read_tensor
+from flax_vlm.models import MODELS
+from flax_vlm.models.parameter_shapes import parameter_shapes
+from flax_vlm.trees import map_with_path, named_leaves
+
+Params = dict[str, Any]
+CONFIG = "config.json"
+READERS = 4  # threads that read layers of one leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint in our terms.
+
+    Attributes:
+        model_type: key of FAMILIES.
+        spec: config of a model of MODELS, as in a run's `config.model`.
+        params: plain nested dict.
+    """
+
+    model_type: str
+    spec: dict[str, Any]
+    params: Params
+
+
+def read_spec(folder: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+    """Returns (model_type, config of a model of MODELS) of a folder; reads no weights.
+
+    Raises:
+        ValueError: if the folder is not a checkpoint of a supported family.
+    """
+    model_type, spec, _ = _inspect(pathlib.Path(folder))
+    return model_type, spec
+
+
+def _inspect(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
+    if not folder.is_dir():
+        raise ValueError(f"a checkpoint is a folder, {folder} is none")
+    config = read_json(folder / CONFIG)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{folder} is a checkpoint of the family {model_type!r}, "
+            f"supported are {sorted(FAMILIES)}"
+        )
+    stored = list_tensors(folder)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    return model_type, FAMILIES[model_type].read(config, shapes), stored
+
+
+def load_pretrained(
+    folder: str | os.PathLike,
+    *,
+    shardings: Callable[[Any], Any] | None = None,
+    dtype: str = "float32",
+) -> Pretrained:
+    """Returns the model and the parameters of a checkpoint folder.
+
+    Args:
+        folder: config.json and safetensors.
+        shardings: from the tree of parameter shapes to the tree of their shardings, such as
+            `lambda shapes: parameter_shardings(shapes, mesh)`; None puts them on the first device.
+        dtype: of the parameters, whatever the file stores.
+
+    Raises:
+        ValueError: if the family is unknown, weights are pickles or damaged, or tensors and config
+            do not fit together (one message lists all that does not).
+    """
+    folder = pathlib.Path(folder)
+    model_type, spec, stored = _inspect(folder)
+    family = FAMILIES[model_type]
+    model = build(MODELS, spec, "model")
+    shapes = parameter_shapes(model)
+    flat = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
+    entries = expand(family.rules(model), flat)
+    names = canonical_names(stored, entries, family.renames)
+    tensors = {name: stored[original] for name, original in names.items()}
+    where = f"{folder} ({model_type})"
+    check_tensors(entries, {n: t.shape for n, t in tensors.items()}, family.ignored, where)
+    check_tied(tensors, family.ignored)
+    parts: dict[str, list[tuple[Entry, Part]]] = {path: [] for path in flat}
+    for entry in entries:
+        for part in entry.parts:
+            parts[part.leaf].append((entry, part))
+    target = {} if shardings is None else named_leaves(shardings(shapes))
+    with ThreadPoolExecutor(READERS) as pool:
+
+        def load(path: str, leaf: Any) -> jax.Array:
+            value = np.empty(leaf.shape, dtype)
+            list(pool.map(lambda job: _read_part(tensors, value, *job), parts[path]))
+            if path not in target:
+                return jax.device_put(value)
+            return jax.make_array_from_callback(value.shape, target[path], value.__getitem__)
+
+        return Pretrained(model_type, spec, map_with_path(load, shapes))
+
+
+def _read_part(
+    tensors: Mapping[str, StoredTensor], value: np.ndarray, entry: Entry, part: Part
+) -> None:
+    stored = tensors[entry.tensor]
+    target = value if part.layer is None else value[part.layer]
+    if entry.layout.axes is None and stored.dtype == value.dtype:
+        read_tensor(stored, part.rows, out=target)
+    else:
+        tensor = read_tensor(stored, part.rows)
+        target[...] = entry.layout.to_leaf(tensor, part.shape)
+
+
+def check_tied(tensors: Mapping[str, StoredTensor], ignored: Sequence[Ignored]) -> None:
+    """Raises ValueError if a tensor that is tied to another differs from it."""
+    for rule in ignored:
+        if rule.same_as is None or rule.pattern not in tensors or rule.same_as not in tensors:
+            continue
+        a, b = (read_tensor(tensors[name]) for name in (rule.pattern, rule.same_as))
+        if a.tobytes() != b.tobytes():
+            raise ValueError(
+                f"{rule.pattern} must equal {rule.same_as} ({rule.reason}), but they differ"
+            )

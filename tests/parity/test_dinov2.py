@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DINOv2 and DINOv2 with registers give the numbers of transformers."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from flax_vlm.convert.loading import load_pretrained
+from flax_vlm.convert.resolution import with_image_size
+from flax_vlm.convert.saving import save_pretrained
+from tests.parity.reference import (
+    TOLERANCE,
+    apply,
+    build_changed,
+    error,
+    pixels,
+    randomise,
+    save,
+    swapped,
+)
+
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2)
+CONFIGS = {
+    "plain": (hf.Dinov2Model, dict(image_size=30, patch_size=10)),
+    "giant": (hf.Dinov2Model, dict(image_size=21, patch_size=3, use_swiglu_ffn=True)),
+    "registers": (hf.Dinov2WithRegistersModel, dict(image_size=28, patch_size=14)),
+    "giant with three registers": (
+        hf.Dinov2WithRegistersModel,
+        dict(image_size=30, patch_size=10, use_swiglu_ffn=True, num_register_tokens=3),
+    ),
+}
+
+
+def make(name):
+    kind, kwargs = CONFIGS[name]
+    config = {hf.Dinov2Model: hf.Dinov2Config}.get(kind, hf.Dinov2WithRegistersConfig)
+    return randomise(kind(config(**SMALL, **kwargs)))
+
+
+@torch.no_grad()
+def dino_error(model, loaded, size, masked=None, **changes):
+    image, tensor = pixels(2, *size)
+    mask = None if masked is None else torch.from_numpy(masked)
+    reference = model(tensor, bool_masked_pos=mask)
+    module = build_changed(loaded.spec, **changes)
+    ours = apply(module, {"params": loaded.params}, image, masked=masked)
+    return max(
+        error(ours.tokens, reference.last_hidden_state),
+        error(ours.pooled, reference.pooler_output),
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_dinov2_gives_the_numbers_of_transformers(name, tmp_path):
+    model = make(name)
+    size = CONFIGS[name][1]["image_size"]
+    assert dino_error(model, load_pretrained(save(model, tmp_path)), (size, size)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plain", "registers"])
+@pytest.mark.parametrize("rows, columns", [(4, 5), (1, 2)])
+def test_another_image_size_resamples_the_positions_as_transformers_does(
+    name, rows, columns, tmp_path
+):
+    model = make(name)
+    patch = model.config.patch_size
+    size = (rows * patch, columns * patch)
+    loaded = with_image_size(load_pretrained(save(model, tmp_path)), size)
+    assert dino_error(model, loaded, size) <= TOLERANCE
+
+
+def test_masked_patches_become_the_mask_token(tmp_path):
+    model = make("plain")
+    loaded = load_pretrained(save(model, tmp_path))
+    masked = np.array([[True] + [False] * 8, [False] * 5 + [True] * 4])
+    assert dino_error(model, loaded, (30, 30), masked) <= TOLERANCE
+
+
+WRONG = {
+    "tanh gelu": ("plain", dict(activation="gelu_tanh")),
+    "epsilon": ("plain", dict(norm_eps=1e-3)),
+    "mean pooling": ("plain", dict(pooling="gap")),
+    "gelu in the gate": ("giant", dict(activation="gelu_erf")),
+    "registers in the mean": ("registers", dict(pooling="gap")),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_every_wrong_choice_breaks_the_parity(name, tmp_path):
+    which, change = WRONG[name]
+    model = make(which)
+    size = CONFIGS[which][1]["image_size"]
+    loaded = load_pretrained(save(model, tmp_path))
+    assert dino_error(model, loaded, (size, size), **change) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "pair", [("norm1", "norm2"), ("layer_scale1", "layer_scale2"), ("query", "key")]
+)
+def test_exchanged_tensors_break_the_parity(pair, tmp_path):
+    model = make("registers")
+    folder = save(model, tmp_path)
+    swapped(folder, pair)
+    assert dino_error(model, load_pretrained(folder), (28, 28)) > 1e-2
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_there_and_back_gives_the_same_bits(name, tmp_path):
+    model = make(name)
+    loaded = load_pretrained(save(model, tmp_path / "in"))
+    assert save_pretrained(tmp_path / "out", loaded.spec, loaded.params) == loaded.model_type
+    again, report = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
