@@ -177,6 +177,8 @@ class Start:
                 resized[path] = _resizer(*tables, new[0], resize_positions)
             else:
                 problems.append(f"{found}{reason}")
+        if not pairs and not problems:
+            problems.append("init.fresh leaves nothing to load")
         if problems:
             lines = "\n  ".join(problems)
             raise ValueError(f"{source.name} does not fit the model:\n  {lines}")

@@ -117,6 +117,7 @@ def test_unused_leaves_are_left_out():
         ({**IMAGE, "subtrees": [["vision", ""]]}, "got 0 below 'vision' in the source and 38"),
         ({**IMAGE, "subtrees": [["image", "tower"]]}, "and 0 below 'tower' here"),
         ({**IMAGE, "subtrees": [["image", ""]] * 2}, "positions: in two of init.subtrees"),
+        ({**IMAGE, "fresh": [".*"]}, "init.fresh leaves nothing to load"),
         ({**IMAGE, "resize_positions": "cubic"}, "unknown init.resize_positions 'cubic'"),
     ],
 )
