@@ -18,6 +18,13 @@ def defaults() -> ConfigDict:
             "nonfinite": "stop",  # or "skip": leave steps with a NaN out
             "log_every": 10,
             "init_from": "",  # a workdir whose parameters are the start
+            "init": {  # how they fit, flax_vlm/start/plan.py; every mismatch is an error
+                # (there, here) pairs: the source's branch "image" is this model's "" (all of it)
+                "subtrees": (("", ""),),
+                "fresh": (),  # regexes of paths here that stay random, such as a new head
+                "unused": (),  # regexes of paths there that are left out
+                "resize_positions": "",  # nn/positions.py, RESIZE_METHODS; "" = same grid
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()},  # -1 = all other devices
             "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
             "data": {
@@ -42,6 +49,9 @@ def defaults() -> ConfigDict:
             "model": ConfigDict(),  # name and arguments, flax_vlm/models
             "objective": ConfigDict(),  # name and arguments, flax_vlm/objectives
             "optimizer": ConfigDict(),  # name, lr, rules, flax_vlm/training/optimizers.py
+            # {"rules": ((regex of kernels, rank), ...), "alpha": 16.0, "train": (regex, ...)}:
+            # adapters and what `train` matches are trained, all else is frozen; {} = off
+            "lora": ConfigDict(),
             "evals": ConfigDict(),  # name -> {name, data, every, ...}, flax_vlm/evaluation
             "profile": {"first": 0, "last": 0},  # steps to trace; 0, 0 = none
             "wandb": ConfigDict(),  # arguments of wandb.init; empty = off

@@ -23,12 +23,14 @@ from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.objectives import build_objective
 from flax_vlm.objectives.base import Objective, Params
+from flax_vlm.objectives.lora import merge
 from flax_vlm.training import workdir
 from flax_vlm.training.checkpoints import load_params
 
 
 def load(source: str | os.PathLike, batch_size: int = 64) -> LoadedModel:
-    """Returns the model of a workdir of train.py, with the parameters of its last checkpoint.
+    """Returns the model of a workdir of train.py, with the parameters of its last checkpoint;
+    LoRA adapters are merged.
 
     Args:
         source: the workdir.
@@ -45,6 +47,8 @@ def load(source: str | os.PathLike, batch_size: int = 64) -> LoadedModel:
         )
     config = workdir.load_config(folder)
     params, extras, step = load_params(folder / "checkpoints")
+    if config.get("lora"):
+        params = merge(params, config["lora"]["alpha"])
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return LoadedModel(
         objective=build_objective(config["model"], config["objective"]),

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_vlm import trees
 from flax_vlm.nn.patches import as_pair
 from flax_vlm.objectives import build_objective
 from flax_vlm.objectives.base import Objective
-from flax_vlm.scaling.flops import TOWERS, train_flops_per_example
+from flax_vlm.objectives.lora import frozen_patterns, split_adapters
+from flax_vlm.scaling.flops import PARTS, train_flops_per_example
+from flax_vlm.start.plan import Start
+from flax_vlm.start.sources import open_source
 from flax_vlm.training import sharding
-from flax_vlm.training.checkpoints import load_params
 from flax_vlm.training.optimizers import Optimizer, build_optimizer
 from flax_vlm.training.state import TrainState, abstract_state, make_init, state_shardings
 from flax_vlm.training.step import make_train_step
@@ -89,13 +91,16 @@ class Program:
         # a contrastive objective takes its micro-batches itself, for the gradient cache
         if config["objective"].get("name") == "contrastive":
             given["micro_batches"] = config["micro_batches"]
-        objective = build_objective(config["model"], config["objective"], **given)
+        lora = config["lora"]
+        objective = build_objective(config["model"], config["objective"], lora, **given)
         mesh_sizes = {axis: config["mesh"][axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
         batch = example_batch(config)
         params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
         paths = list(trees.named_leaves(params))
-        optimizer = build_optimizer(config["optimizer"], config["steps"], paths)
+        frozen = (*config["optimizer"].get("freeze", ()), *frozen_patterns(lora))
+        spec = {**config["optimizer"], "freeze": frozen}
+        optimizer = build_optimizer(spec, config["steps"], paths)
         init = make_init(objective, optimizer, ema=config["ema_decay"] > 0)
         shapes = jax.eval_shape(init, jax.random.key(0), batch)
         rules = tuple((pattern, tuple(axes)) for pattern, axes in config["mesh"]["rules"])
@@ -131,17 +136,36 @@ class Program:
         return size
 
     def init_state(self) -> TrainState:
-        """Returns a random state, born sharded: never whole on one device."""
+        """Returns a random state, born sharded: never whole on one device. What config.init_from
+        names takes the place of its parameters.
+
+        Raises:
+            ValueError: if that does not fit the model; lists all that does not.
+        """
+        start = self._start()
         init = make_init(self.objective, self.optimizer, ema=self.config["ema_decay"] > 0)
         batch = example_batch(self.config)
         # the batch is a constant of the program: only its shapes matter
         born = jax.jit(lambda key: init(key, batch), out_shardings=self.shardings)
         state = born(jax.random.key(self.config["seed"]))
-        if self.config["init_from"]:
-            source = pathlib.Path(self.config["init_from"]) / "checkpoints"
-            params, _, _ = load_params(source, self.shardings.params)
-            state = dataclasses.replace(state, params=params)
-        return state
+        if start is None:
+            return state
+        random = trees.named_leaves(state.params)
+        for path in start.pairs:
+            random[path].delete()  # never hold both
+        loaded = start.load(trees.named_leaves(self.shardings.params))
+        params = trees.unflatten(random | loaded)
+        trained, _ = self.optimizer.split(params)
+        # a copy, as in make_init
+        ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
+        return dataclasses.replace(state, params=params, ema=ema)
+
+    def _start(self) -> Start | None:
+        if not self.config["init_from"]:
+            return None
+        shapes = {p: tuple(x.shape) for p, x in trees.named_leaves(self.shapes.params).items()}
+        source = open_source(self.config["init_from"])
+        return Start.plan(source, self.objective.model, shapes, **self.config["init"])
 
     def train_step(self) -> Callable[..., Any]:
         """Returns the jitted step (state, batch) -> (state, metrics); the state is donated."""
@@ -176,10 +200,15 @@ class Program:
         A tower counts as frozen if no parameter of it is trained.
         """
         spec = self.config["data"]
-        trained, frozen = self.optimizer.split(self.shapes.params)
         return train_flops_per_example(
             self.objective.model,
             as_pair(spec["image_size"]),
             spec["text"]["length"],
-            frozen=[name for name in TOWERS if name in frozen and name not in trained],
+            frozen=self._frozen_parts(),
         )
+
+    def _frozen_parts(self) -> list[str]:
+        """Returns the encoders of which nothing is trained, no adapter either."""
+        trained, _ = self.optimizer.split(self.shapes.params)
+        base, adapters = split_adapters(trained)
+        return [p for p in PARTS if p in self.shapes.params and p not in base | adapters]

@@ -28,11 +28,24 @@ def named_leaves(tree: Tree) -> dict[str, Any]:
     return {path_str(path): leaf for path, leaf in leaves}
 
 
+def unflatten(leaves: Mapping[str, Any]) -> dict:
+    """Returns the nested dict of {"a/b/c": leaf}: the inverse of `named_leaves`."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        _insert(tree, path.split("/"), leaf)
+    return tree
+
+
 def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Returns the tree of `function(path, leaf, *leaves_of_rest)`, path as "a/b/c"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *x: function(path_str(path), *x), tree, *rest
     )
+
+
+def is_scanned(path: str) -> bool:
+    """Returns whether a leaf has a leading layer axis, as all parameters of scanned blocks have."""
+    return "blocks" in path.split("/")
 
 
 def matches(patterns: Sequence[str], path: str) -> bool:
@@ -60,19 +73,14 @@ def split(tree: Mapping, keep: Callable[[str], bool]) -> tuple[dict, dict]:
     """Returns (part whose paths `keep` accepts, the other part), both as nested dicts without empty
     branches.
     """
-    parts: tuple[dict, dict] = ({}, {})
-    for path, leaf in named_leaves(tree).items():
-        _insert(parts[0 if keep(path) else 1], path.split("/"), leaf)
-    return parts
+    leaves = named_leaves(tree)
+    kept = {path: leaf for path, leaf in leaves.items() if keep(path)}
+    return unflatten(kept), unflatten({p: leaf for p, leaf in leaves.items() if p not in kept})
 
 
 def join(first: Mapping, second: Mapping) -> dict:
     """Returns the union of two nested dicts with disjoint leaves: the inverse of `split`."""
-    result: dict = {}
-    for part in (first, second):
-        for path, leaf in named_leaves(part).items():
-            _insert(result, path.split("/"), leaf)
-    return result
+    return unflatten({**named_leaves(first), **named_leaves(second)})
 
 
 def _insert(tree: dict, keys: Sequence[str], leaf: Any) -> None:

@@ -9,21 +9,27 @@ from flax_vlm.models import MODELS
 from flax_vlm.objectives.base import Objective
 from flax_vlm.objectives.classification import Classification
 from flax_vlm.objectives.contrastive import Contrastive
+from flax_vlm.objectives.lora import with_lora
 
 OBJECTIVES = {"contrastive": Contrastive, "classification": Classification}
 
 
 def build_objective(
-    model: Mapping[str, Any], objective: Mapping[str, Any], **given: Any
+    model: Mapping[str, Any],
+    objective: Mapping[str, Any],
+    lora: Mapping[str, Any] | None = None,
+    **given: Any,
 ) -> Objective:
     """Returns the objective of a config, with its model inside.
 
     Args:
         model: {"name": ..., ...}, see `models.MODELS`.
         objective: {"name": ..., ...}, see `OBJECTIVES`.
+        lora: fields of `lora.LoRA`, adapters beside the model's parameters; None or {} has none.
         **given: arguments that do not stand in these two nodes (micro_batches of a gradient cache).
 
     Raises:
         ValueError: for an unknown name or key; lists the choices.
     """
-    return build(OBJECTIVES, objective, "objective", model=build(MODELS, model, "model"), **given)
+    built = build(MODELS, model, "model")
+    return with_lora(build(OBJECTIVES, objective, "objective", model=built, **given), lora or {})

@@ -26,6 +26,7 @@ from flax_vlm.models.vit import VisionTransformer, ViTClassifier
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
 
 TOWERS = ("image", "text")
+PARTS = (*TOWERS, "encoder")  # what can be frozen
 
 
 def encoder_flops(
@@ -93,22 +94,23 @@ def train_flops_per_example(
         model: a VisionTransformer, ViTClassifier, TextEncoder, CLIP or SigLIP.
         image_size: pixels; None takes the model's.
         text_length: tokens per text; None takes the model's context.
-        frozen: towers of a two-tower model that are not trained ("image", "text"): forward pass
-            alone.
+        frozen: what is not trained, forward pass alone: towers of a two-tower model ("image",
+            "text"), or the "encoder" of a single one (the backward pass of its head is left out).
 
     Raises:
-        ValueError: for a model that has no formula here, or an unknown tower.
+        ValueError: for a model that has no formula here, or a part that it does not have.
     """
-    unknown = [name for name in frozen if name not in TOWERS or not isinstance(model, TwoTowers)]
+    parts = TOWERS if isinstance(model, TwoTowers) else ("encoder",)
+    unknown = [name for name in frozen if name not in parts]
     if unknown:
         raise ValueError(
-            f"frozen names towers of a two-tower model ({list(TOWERS)}), got {unknown} "
-            f"for a {type(model).__name__}"
+            f"frozen names parts of a {type(model).__name__} ({list(parts)}), got {unknown}"
         )
+    passes = 1 if "encoder" in frozen else 3
     if isinstance(model, VisionTransformer):
-        return 3 * vision_flops(model, image_size)
+        return passes * vision_flops(model, image_size)
     if isinstance(model, TextEncoder):
-        return 3 * text_flops(model, text_length)
+        return passes * text_flops(model, text_length)
     if isinstance(model, TwoTowers):
         image = vision_flops(model.image, image_size)
         text = text_flops(model.text, text_length)

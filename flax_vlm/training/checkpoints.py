@@ -116,8 +116,24 @@ class Checkpoints:
         )
 
 
+def parameter_shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of the parameters of the last checkpoint; reads no tensor.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint.
+    """
+    directory = pathlib.Path(directory).absolute()
+    with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        stored = manager.item_metadata(_last_step(manager)).tree["params"]
+        return {path: tuple(leaf.shape) for path, leaf in trees.named_leaves(stored).items()}
+
+
 def load_params(
-    directory: pathlib.Path, shardings: Any = None, *, prefer_ema: bool = True
+    directory: pathlib.Path,
+    shardings: Any = None,
+    *,
+    prefer_ema: bool = True,
+    partial: bool = False,
 ) -> tuple[Any, Any, int]:
     """Returns (parameters, extras, step) of the last checkpoint, without the optimizer's state.
 
@@ -125,6 +141,7 @@ def load_params(
         directory: the `checkpoints` folder of a workdir.
         shardings: tree of NamedShardings of the parameters; None puts all on the first device.
         prefer_ema: take the moving average of parameters where the run kept one.
+        partial: read only the parameters that `shardings` names, and no extras.
 
     Raises:
         CheckpointError: if there is no complete checkpoint, or it has other parameters.
@@ -132,11 +149,14 @@ def load_params(
     directory = pathlib.Path(directory).absolute()
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"{directory} must hold a complete checkpoint, found none")
+        step = _last_step(manager)
         stored = manager.item_metadata(step).tree
         places = trees.named_leaves(shardings) if shardings is not None else {}
+        if partial:
+            parts = ("params", "ema")
+            stored = {
+                key: trees.split(stored.get(key) or {}, places.__contains__)[0] for key in parts
+            }
         _check_same_parameters(places, trees.named_leaves(stored["params"]), directory / str(step))
 
         def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -155,6 +175,13 @@ def load_params(
         averaged = trees.named_leaves(restored["ema"])
         params = trees.map_with_path(lambda path, leaf: averaged.get(path, leaf), params)
     return params, restored.get("extras", {}), step
+
+
+def _last_step(manager: ocp.CheckpointManager) -> int:
+    step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(f"{manager.directory} must hold a complete checkpoint, found none")
+    return step
 
 
 def _check_same_parameters(wanted: Any, stored: Any, where: pathlib.Path) -> None:

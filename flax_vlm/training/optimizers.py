@@ -111,6 +111,9 @@ def sgd(momentum: float = 0.0) -> optax.GradientTransformation:
 
 OPTIMIZERS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "sgd": sgd}
 
+# What an encoder applies before its blocks: models/vit.py, models/text_encoder.py.
+BEFORE_BLOCKS = ("patches", "cls", "registers", "mask", "positions", "ln_pre", "embedding")
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -142,9 +145,9 @@ def build_optimizer(
 
     Args:
         spec: name and lr; optionally schedule {name, ...}, weight_decay, decay (regexes of what is
-            decayed), lr_multipliers ((regex, factor), ...; first match wins), freeze (regexes),
-            clamp ((regex, low, high), ...), grad_clip (global norm; 0 = off). Every other key is an
-            argument of the optimizer itself.
+            decayed), lr_multipliers ((regex, factor), ...; first match wins), layer_decay (see
+            `layer_factors`; 1 = off), freeze (regexes), clamp ((regex, low, high), ...), grad_clip
+            (global norm; 0 = off). Every other key is an argument of the optimizer itself.
         steps: length of the run, for the schedule.
         paths: all parameter paths; where given, a rule that matches none of them is an error.
 
@@ -159,6 +162,7 @@ def build_optimizer(
     weight_decay, decay = spec.pop("weight_decay", 0.0), tuple(spec.pop("decay", (".*/kernel",)))
     multipliers = tuple(tuple(rule) for rule in spec.pop("lr_multipliers", ()))
     clamps = tuple(tuple(rule) for rule in spec.pop("clamp", ()))
+    layer_decay = spec.pop("layer_decay", 1.0)
     freeze, grad_clip = tuple(spec.pop("freeze", ())), spec.pop("grad_clip", 0.0)
     if paths is not None:
         trees.check_patterns(freeze, paths, "optimizer.freeze")
@@ -174,6 +178,8 @@ def build_optimizer(
         parts.append(optax.add_decayed_weights(weight_decay, mask=mask))
     if multipliers:
         parts.append(_multiply_by_rule(multipliers))
+    if layer_decay != 1.0:
+        parts.append(_multiply_by_layer(layer_decay))
     parts.append(optax.scale_by_learning_rate(schedule))
     if clamps:
         parts.append(_clamp_by_rule(clamps))
@@ -187,6 +193,43 @@ def _multiply_by_rule(rules: Sequence[tuple[str, float]]) -> optax.GradientTrans
     return optax.stateless(
         lambda updates, params: trees.map_with_path(lambda p, u: u * factor(p), updates)
     )
+
+
+def layer_factors(params: Mapping, decay: float) -> dict[str, jax.Array]:
+    """Returns {path: factor of the learning rate, broadcastable to the parameter}.
+
+        block l of depth, l = 0 ..         decay^(depth - l)
+        what comes before the blocks       decay^(depth + 1)
+        what comes after, and the rest     1
+
+    Every encoder counts for itself. A factor of scanned blocks is [depth, 1, ...].
+
+    Args:
+        params: the trained parameters, arrays or shapes.
+        decay: 0.65 ... 0.9 is usual; smaller means that early layers stay nearer to their start.
+
+    Source: BEiT, Bao et al. 2021, arXiv:2106.08254, and the fine-tuning of MAE, arXiv:2111.06377.
+    """
+    leaves = trees.named_leaves(params)
+    depths = {p.split("encoder/")[0]: x.shape[0] for p, x in leaves.items() if trees.is_scanned(p)}
+
+    def factor(path: str, leaf: Any) -> jax.Array:
+        if trees.is_scanned(path):
+            exponents = leaf.shape[0] - jnp.arange(leaf.shape[0], dtype=jnp.float32)
+            return decay ** exponents.reshape(-1, *(1,) * (len(leaf.shape) - 1))
+        owner = max(filter(path.startswith, depths), key=len, default=None)
+        early = owner is not None and path[len(owner) :].split("/")[0] in BEFORE_BLOCKS
+        return jnp.float32(decay ** (depths[owner] + 1) if early else 1.0)
+
+    return {path: factor(path, leaf) for path, leaf in leaves.items()}
+
+
+def _multiply_by_layer(decay: float) -> optax.GradientTransformation:
+    def update(updates: Mapping, params: Mapping) -> Mapping:
+        factors = layer_factors(updates, decay)
+        return trees.map_with_path(lambda path, u: u * factors[path], updates)
+
+    return optax.stateless(update)
 
 
 def _clamp_by_rule(rules: Sequence[tuple[str, float, float]]) -> optax.GradientTransformation:

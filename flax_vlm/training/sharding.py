@@ -36,6 +36,11 @@ TENSOR_RULES: tuple[Rule, ...] = (
     (r".*/(fc1|gate)/bias", ("tensor",)),
     (r".*/fc2/kernel", ("tensor", None)),  # [M, D]
     (r".*/embedding/embedding", ("tensor", None)),  # [V, D]
+    # adapters are split as what they adapt, so that merging them moves nothing over tensor
+    (r".*/(q|k|v)/kernel/b", (None, "tensor", None)),  # [r, N, K]
+    (r".*/o/kernel/a", ("tensor", None, None)),  # [N, K, r]
+    (r".*/(fc1|gate)/kernel/b", (None, "tensor")),  # [r, M]
+    (r".*/fc2/kernel/a", ("tensor", None)),  # [M, r]
 )
 
 # A tensor below this many elements is not worth a gather over fsdp: it is replicated.
@@ -132,7 +137,7 @@ def parameter_spec(
     pattern, spec = next(((p, s) for p, s in TENSOR_RULES if re.fullmatch(p, path)), ("", ()))
     axes = _align(spec, shape, path)
     if math.prod(shape) >= FSDP_MIN_SIZE:
-        first = 1 if "blocks" in path.split("/") else 0  # never split the layer axis of the scan
+        first = int(trees.is_scanned(path))  # never split the layer axis of the scan
         free = [i for i in range(first, len(shape)) if axes[i] is None]
         free = [i for i in free if shape[i] % mesh.shape["fsdp"] == 0]
         if free and mesh.shape["fsdp"] > 1:

@@ -27,7 +27,8 @@ ALLOWED = {
     "hub": BASE
     | {"convert", "models", "objectives", "data", "evaluation"}
     | {"training.checkpoints", "training.workdir"},
-    "program": BASE | {"nn", "models", "objectives", "scaling", "training"},
+    "start": BASE | {"nn", "models", "objectives", "training"},
+    "program": BASE | {"nn", "models", "objectives", "scaling", "training", "start"},
     "experiment": BASE
     | {"program"}
     | {"nn", "losses", "data", "models", "objectives", "scaling", "training", "evaluation", "hub"},

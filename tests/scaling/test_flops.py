@@ -114,7 +114,7 @@ def test_classes_and_projections_are_counted():
 def test_unknown_models_and_towers_are_errors():
     with pytest.raises(ValueError, match="got LayerNorm"):
         train_flops_per_example(LayerNorm(1e-6))
-    with pytest.raises(ValueError, match=r"frozen names towers.*got \['vision'\]"):
+    with pytest.raises(ValueError, match=r"frozen names parts of a SigLIP.*got \['vision'\]"):
         train_flops_per_example(build_siglip("B/16"), frozen=("vision",))
-    with pytest.raises(ValueError, match="frozen names towers"):
+    with pytest.raises(ValueError, match="frozen names parts"):
         train_flops_per_example(build_vit("B/16"), frozen=("image",))

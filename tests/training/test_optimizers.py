@@ -55,6 +55,25 @@ def test_learning_rate_multipliers_act_by_first_match():
     assert float(new["logit_scale"]) == 4.25
 
 
+def test_layer_decay_slows_early_layers_of_each_encoder():
+    def encoder(depth):
+        blocks = {"blocks": {"mlp": {"fc1": {"kernel": jnp.ones((depth, 3, 2))}}}}
+        return {"positions": jnp.ones((4, 3)), "encoder": {**blocks, "norm": jnp.ones(3)}}
+
+    params = {"image": encoder(3), "text": encoder(2), "logit_scale": jnp.ones(())}
+    spec = {"name": "sgd", "lr": 1.0, "layer_decay": 0.5}
+    optimizer = build_optimizer(spec, steps=10, paths=list(trees.named_leaves(params)))
+    change, _ = optimizer.transform.update(params, optimizer.transform.init(params), params)
+    change = trees.named_leaves(change)
+    blocks = [change[f"{tower}/encoder/blocks/mlp/fc1/kernel"] for tower in ("image", "text")]
+    for found, factors in zip(blocks, ([0.125, 0.25, 0.5], [0.25, 0.5]), strict=True):
+        expected = -np.broadcast_to(np.reshape(factors, (-1, 1, 1)), found.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert float(change["image/positions"][0, 0]) == -(0.5**4)
+    assert float(change["text/positions"][0, 0]) == -(0.5**3)
+    assert float(change["text/encoder/norm"][0]) == float(change["logit_scale"]) == -1.0
+
+
 def test_the_clamp_keeps_the_logit_scale_inside_its_bounds():
     up = jax.tree.map(lambda g: -g, GRADS)
     new = update(
