@@ -27,6 +27,7 @@ setup(
         "grain>=0.2.18",
         "jax>=0.10.2",
         "matplotlib",
+        "ml-dtypes",  # bfloat16 of checkpoint files
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",
@@ -54,6 +55,9 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.12",
+            "safetensors>=0.8",  # parity tests; flax_vlm reads and writes the format itself
+            "torch==2.13.0",
+            "transformers>=5.24",
         ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "wandb": ["wandb"],
