@@ -26,7 +26,13 @@ from flax_vlm.scaling.flops import train_flops_per_example
 from flax_vlm.training import sharding
 from flax_vlm.training.checkpoints import load_params
 from flax_vlm.training.optimizers import Optimizer, build_optimizer
-from flax_vlm.training.state import TrainState, abstract_state, make_init, state_shardings
+from flax_vlm.training.state import (
+    TrainState,
+    abstract_state,
+    make_init,
+    state_shardings,
+    with_params,
+)
 from flax_vlm.training.step import make_train_step
 
 Config = Mapping[str, Any]
@@ -140,7 +146,8 @@ class Program:
         if self.config["init_from"]:
             source = pathlib.Path(self.config["init_from"]) / "checkpoints"
             params, _, _ = load_params(source, self.shardings.params)
-            state = dataclasses.replace(state, params=params)
+            started = jax.jit(with_params, out_shardings=self.shardings)
+            state = started(state, params)
         return state
 
     def train_step(self) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from flax_vlm import trees
+from flax_vlm.training.sharding import replicated
 
 # Errors that mean "the disk said no". Orbax reports a full disk as ValueError (OUT_OF_RANGE or
 # RESOURCE_EXHAUSTED from TensorStore), and only when the asynchronous write is waited for.
@@ -123,24 +124,28 @@ def load_params(
 
     Args:
         directory: the `checkpoints` folder of a workdir.
-        shardings: tree of NamedShardings of the parameters; None puts all on the first device.
+        shardings: tree of NamedShardings of the parameters, which extras follow; None puts all on
+            the first device.
         prefer_ema: take the moving average of parameters where the run kept one.
 
     Raises:
         CheckpointError: if there is no complete checkpoint, or it has other parameters.
     """
     directory = pathlib.Path(directory).absolute()
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"{directory} must hold a complete checkpoint, found none")
         stored = manager.item_metadata(step).tree
         places = trees.named_leaves(shardings) if shardings is not None else {}
-        _check_same_parameters(places, trees.named_leaves(stored["params"]), directory / str(step))
+        parameters = trees.named_leaves(stored["params"])
+        _check_same_parameters(places, parameters, directory / str(step))
+        elsewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if places:
+            elsewhere = replicated(next(iter(places.values())).mesh)
 
         def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = places.get(path.split("/", 1)[-1], first)
+            sharding = places.get(trees.owner(path, leaf, parameters), elsewhere)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         keys = ("params", "ema", "extras")
