@@ -91,11 +91,9 @@ class Program:
                 that a rule cannot split, or a rule that matches no parameter.
         """
         config = plain(config)
-        given = {}
-        # a contrastive objective takes its micro-batches itself, for the gradient cache
-        if config["objective"].get("name") == "contrastive":
-            given["micro_batches"] = config["micro_batches"]
-        objective = build_objective(config["model"], config["objective"], **given)
+        objective = build_objective(
+            config["model"], config["objective"], micro_batches=config["micro_batches"]
+        )
         mesh_sizes = {axis: config["mesh"][axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
         batch = example_batch(config)
