@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_vlm import trees
@@ -28,7 +27,13 @@ from flax_vlm.start.plan import Start
 from flax_vlm.start.sources import open_source
 from flax_vlm.training import sharding
 from flax_vlm.training.optimizers import Optimizer, build_optimizer
-from flax_vlm.training.state import TrainState, abstract_state, make_init, state_shardings
+from flax_vlm.training.state import (
+    TrainState,
+    abstract_state,
+    make_init,
+    state_shardings,
+    with_params,
+)
 from flax_vlm.training.step import make_train_step
 
 Config = Mapping[str, Any]
@@ -87,18 +92,18 @@ class Program:
                 that a rule cannot split, or a rule that matches no parameter.
         """
         config = plain(config)
-        given = {}
-        # a contrastive objective takes its micro-batches itself, for the gradient cache
-        if config["objective"].get("name") == "contrastive":
-            given["micro_batches"] = config["micro_batches"]
-        lora = config["lora"]
-        objective = build_objective(config["model"], config["objective"], lora, **given)
+        objective = build_objective(
+            config["model"],
+            config["objective"],
+            config["lora"],
+            micro_batches=config["micro_batches"],
+        )
         mesh_sizes = {axis: config["mesh"][axis] for axis in sharding.AXES}
         mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
         batch = example_batch(config)
         params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
         paths = list(trees.named_leaves(params))
-        frozen = (*config["optimizer"].get("freeze", ()), *frozen_patterns(lora))
+        frozen = (*config["optimizer"].get("freeze", ()), *frozen_patterns(config["lora"]))
         spec = {**config["optimizer"], "freeze": frozen}
         optimizer = build_optimizer(spec, config["steps"], paths)
         init = make_init(objective, optimizer, ema=config["ema_decay"] > 0)
@@ -150,15 +155,9 @@ class Program:
         state = born(jax.random.key(self.config["seed"]))
         if start is None:
             return state
-        random = trees.named_leaves(state.params)
-        for path in start.pairs:
-            random[path].delete()  # never hold both
         loaded = start.load(trees.named_leaves(self.shardings.params))
-        params = trees.unflatten(random | loaded)
-        trained, _ = self.optimizer.split(params)
-        # a copy, as in make_init
-        ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
-        return dataclasses.replace(state, params=params, ema=ema)
+        params = trees.unflatten(trees.named_leaves(state.params) | loaded)
+        return jax.jit(with_params, out_shardings=self.shardings)(state, params)
 
     def _start(self) -> Start | None:
         if not self.config["init_from"]:

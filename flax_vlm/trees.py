@@ -48,6 +48,23 @@ def is_scanned(path: str) -> bool:
     return "blocks" in path.split("/")
 
 
+def owner(path: str, leaf: Any, parameters: Mapping[str, Any]) -> str | None:
+    """Returns the path of the parameter that a leaf belongs to, None if it belongs to none.
+
+    That is the parameter in whose path the leaf's own ends and whose shape it has: an optimizer
+    slot, a moving average, a teacher.
+
+    Args:
+        path: of the leaf, "0/mu/image/patches/kernel".
+        leaf: with a shape.
+        parameters: path -> parameter (arrays or shapes), see `named_leaves`.
+    """
+    parts = path.split("/")
+    tails = ("/".join(parts[i:]) for i in range(len(parts)))
+    owners = (tail for tail in tails if tail in parameters)
+    return next((o for o in owners if tuple(parameters[o].shape) == tuple(leaf.shape)), None)
+
+
 def matches(patterns: Sequence[str], path: str) -> bool:
     """Returns whether any regular expression matches the whole path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)

@@ -10,15 +10,21 @@ from flax_vlm.objectives.base import Objective
 from flax_vlm.objectives.classification import Classification
 from flax_vlm.objectives.contrastive import Contrastive
 from flax_vlm.objectives.lora import with_lora
+from flax_vlm.objectives.momentum_contrast import MomentumContrast
 
-OBJECTIVES = {"contrastive": Contrastive, "classification": Classification}
+OBJECTIVES = {
+    "contrastive": Contrastive,
+    "momentum_contrast": MomentumContrast,
+    "classification": Classification,
+}
 
 
 def build_objective(
     model: Mapping[str, Any],
     objective: Mapping[str, Any],
     lora: Mapping[str, Any] | None = None,
-    **given: Any,
+    *,
+    micro_batches: int = 1,
 ) -> Objective:
     """Returns the objective of a config, with its model inside.
 
@@ -26,10 +32,13 @@ def build_objective(
         model: {"name": ..., ...}, see `models.MODELS`.
         objective: {"name": ..., ...}, see `OBJECTIVES`.
         lora: fields of `lora.LoRA`, adapters beside the model's parameters; None or {} has none.
-        **given: arguments that do not stand in these two nodes (micro_batches of a gradient cache).
+        micro_batches: for objectives with a gradient cache, which cut the batch themselves; the
+            others leave that to the training step.
 
     Raises:
         ValueError: for an unknown name or key; lists the choices.
     """
-    built = build(MODELS, model, "model")
-    return with_lora(build(OBJECTIVES, objective, "objective", model=built, **given), lora or {})
+    given: dict[str, Any] = {"model": build(MODELS, model, "model")}
+    if hasattr(OBJECTIVES.get(objective.get("name")), "micro_batches"):
+        given["micro_batches"] = micro_batches
+    return with_lora(build(OBJECTIVES, objective, "objective", **given), lora or {})

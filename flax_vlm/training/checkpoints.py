@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from flax_vlm import trees
+from flax_vlm.training.sharding import replicated
 
 # Errors that mean "the disk said no". Orbax reports a full disk as ValueError (OUT_OF_RANGE or
 # RESOURCE_EXHAUSTED from TensorStore), and only when the asynchronous write is waited for.
@@ -139,7 +140,8 @@ def load_params(
 
     Args:
         directory: the `checkpoints` folder of a workdir.
-        shardings: tree of NamedShardings of the parameters; None puts all on the first device.
+        shardings: tree of NamedShardings of the parameters, which extras follow; None puts all on
+            the first device.
         prefer_ema: take the moving average of parameters where the run kept one.
         partial: read only the parameters that `shardings` names, and no extras.
 
@@ -147,7 +149,6 @@ def load_params(
         CheckpointError: if there is no complete checkpoint, or it has other parameters.
     """
     directory = pathlib.Path(directory).absolute()
-    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         step = _last_step(manager)
         stored = manager.item_metadata(step).tree
@@ -157,10 +158,14 @@ def load_params(
             stored = {
                 key: trees.split(stored.get(key) or {}, places.__contains__)[0] for key in parts
             }
-        _check_same_parameters(places, trees.named_leaves(stored["params"]), directory / str(step))
+        parameters = trees.named_leaves(stored["params"])
+        _check_same_parameters(places, parameters, directory / str(step))
+        elsewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if places:
+            elsewhere = replicated(next(iter(places.values())).mesh)
 
         def target(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = places.get(path.split("/", 1)[-1], first)
+            sharding = places.get(trees.owner(path, leaf, parameters), elsewhere)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         keys = ("params", "ema", "extras")

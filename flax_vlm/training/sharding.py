@@ -183,12 +183,10 @@ def follow_parameters(tree: Any, params: Any, mesh: Mesh, rules: Sequence[Rule] 
     A leaf with the shape of its parameter is split like it; any other leaf (counts, factored
     moments) is replicated.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in trees.named_leaves(params).items()}
+    parameters = trees.named_leaves(params)
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        parts = path.split("/")
-        tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        owner = next((tail for tail in tails if shapes.get(tail) == tuple(leaf.shape)), None)
+        owner = trees.owner(path, leaf, parameters)
         if owner is None:
             return replicated(mesh)
         return NamedSharding(mesh, parameter_spec(owner, leaf.shape, mesh, rules))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from flax_vlm import trees
 from flax_vlm.objectives.base import Batch, Extras, Objective, Params
 from flax_vlm.training import sharding
 from flax_vlm.training.optimizers import Optimizer
@@ -57,6 +58,22 @@ def make_init(
         )
 
     return init
+
+
+def with_params(state: TrainState, params: Params) -> TrainState:
+    """Returns a fresh state that starts from other parameters.
+
+    What starts as a copy of the parameters starts as a copy of these: the moving average, and what
+    extras hold under the path of a parameter (key encoders, a teacher). To be jitted.
+    """
+    leaves = trees.named_leaves(params)
+
+    def start(path: str, leaf: jax.Array) -> jax.Array:
+        owner = trees.owner(path, leaf, leaves)
+        return leaf if owner is None else jnp.copy(leaves[owner])
+
+    extras, ema = (trees.map_with_path(start, tree) for tree in (state.extras, state.ema))
+    return dataclasses.replace(state, params=params, extras=extras, ema=ema)
 
 
 def state_shardings(
