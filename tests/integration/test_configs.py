@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import shapes_negatives
 from flax_vlm import experiment, trees
 from flax_vlm.training import sharding
 from tests.integration.conftest import ROOT
@@ -14,11 +15,12 @@ from tests.integration.conftest import ROOT
 NAMES = sorted(
     p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "defaults")
 )
-SMALL = ["siglip_digits", "siglip_shapes", "vit_digits"]
+SMALL = ["shapes_negatives:mixed", "siglip_digits", "siglip_shapes", "vit_digits"]
 
 
 def build(name):
-    return experiment.build(importlib.import_module(f"configs.{name}").get_config())
+    name, *argument = name.split(":")
+    return experiment.build(importlib.import_module(f"configs.{name}").get_config(*argument))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,3 +46,15 @@ def test_a_small_config_takes_one_step(name):
     assert np.isfinite(metrics["loss"].value()) and int(state.step) == 1
     assert not any(jax.device_get(metrics["nonfinite"]).values())
     assert float(metrics["grad_norm"]) > 0 and trees.num_parameters(before) > 0
+
+
+def test_the_arms_of_shapes_negatives_differ_in_the_negatives_alone():
+    configs = {arm: build(f"shapes_negatives:{arm}").config for arm in shapes_negatives.ARMS}
+    losses = {arm: config["objective"].pop("pair_loss") for arm, config in configs.items()}
+    assert all(config == configs["all"] for config in configs.values())
+    kept = [losses[arm].pop("hard_negatives") for arm in ("random", "mixed", "hard")]
+    shares = [losses[arm].pop("random_share") for arm in ("random", "mixed", "hard")]
+    assert kept == [8, 8, 8] and shares == [1.0, 0.5, 0.0]
+    assert all(loss == {"name": "sigmoid"} for loss in losses.values())
+    with pytest.raises(ValueError, match="arm must be one of .*, got 'easy'"):
+        shapes_negatives.get_config("easy")
