@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs recipes with several seeds each and compares them: means, intervals, paired differences.
+r"""Runs recipes with several seeds each and compares them: means, intervals, paired differences.
 
     python -m flax_vlm.tools.seeds --config configs/shapes_negatives.py:all \
         --config configs/shapes_negatives.py:hard --seeds 0,1,2,3,4 \
@@ -154,17 +154,22 @@ def _percent(interval: Mapping[str, float], sign: str) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns one panel per metric: a point per seed, the mean and its interval per arm."""
+    """Returns one panel per metric: a point per seed, the mean and its interval per arm.
+
+    Gray lines join the values of one seed: differences are paired.
+    """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     figure = Figure(figsize=(3.6 * len(metrics), 3.2), facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
-        for row in (row for row in rows if row["metric"] == metric):
-            place = arms.index(row["arm"])
+        shown = [row for row in rows if row["metric"] == metric]
+        panel.plot(range(len(arms)), [row["values"] for row in shown], color=GRAY, alpha=0.35)
+        for place, row in enumerate(shown):
             color = LINES[place % len(LINES)]
-            seeds = [place - 0.18] * len(row["values"])
-            panel.plot(seeds, row["values"], "o", color=color, alpha=0.5, markersize=4)
+            places = [place] * len(row["values"])
+            panel.plot(places, row["values"], "o", color=color, alpha=0.6, markersize=4)
+            place += 0.2
             panel.vlines(place, row["low"], row["high"], color=color, linewidth=2)
             panel.plot(place, row["mean"], "_", color=color, markersize=14, markeredgewidth=2)
         panel.set_xticks(range(len(arms)), arms, rotation=20, ha="right", fontsize=8.5)
@@ -173,7 +178,9 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8.5)
         panel.grid(axis="y", color=GRAY, alpha=0.25)
-    figure.supxlabel("points: seeds; bars: mean and 95 % t-interval", color=GRAY, fontsize=8)
+    figure.supxlabel(
+        "points: seeds, joined by seed; bars: mean and 95 % t-interval", color=GRAY, fontsize=8
+    )
     return figure
 
 

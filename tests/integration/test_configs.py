@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import shapes_negatives
 from flax_vlm import trees
 from flax_vlm.program import Program, example_batch
 from flax_vlm.training import sharding
@@ -15,14 +16,14 @@ from tests.integration.conftest import ROOT
 NAMES = sorted(
     p.stem for p in (ROOT / "configs").glob("*.py") if "def get_config(" in p.read_text()
 )
-SMALL = ["siglip_digits", "siglip_shapes", "vit_digits"]
+SMALL = ["shapes_negatives:mixed", "siglip_digits", "siglip_shapes", "vit_digits"]
 
 
 def build(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    config.mesh.fsdp = min(
-        config.mesh.fsdp, jax.device_count()
-    )  # a pod's is more than we have here
+    name, *argument = name.split(":")
+    config = importlib.import_module(f"configs.{name}").get_config(*argument)
+    # a pod's fsdp is more than we have here
+    config.mesh.fsdp = min(config.mesh.fsdp, jax.device_count())
     return Program.from_config(config)
 
 
@@ -58,3 +59,15 @@ def test_every_micro_batch_must_span_all_devices():
     config.micro_batches = 32
     with pytest.raises(ValueError, match="x micro_batches, got 128 and 256"):
         assert Program.from_config(config).batch_size
+
+
+def test_the_arms_of_shapes_negatives_differ_in_the_negatives_alone():
+    configs = {arm: build(f"shapes_negatives:{arm}").config for arm in shapes_negatives.ARMS}
+    losses = {arm: config["objective"].pop("pair_loss") for arm, config in configs.items()}
+    assert all(config == configs["all"] for config in configs.values())
+    kept = [losses[arm].pop("hard_negatives") for arm in ("random", "mixed", "hard")]
+    shares = [losses[arm].pop("random_share") for arm in ("random", "mixed", "hard")]
+    assert kept == [8, 8, 8] and shares == [1.0, 0.5, 0.0]
+    assert all(loss == {"name": "sigmoid"} for loss in losses.values())
+    with pytest.raises(ValueError, match="arm must be one of .*, got 'easy'"):
+        shapes_negatives.get_config("easy")

@@ -77,6 +77,8 @@ def test_the_plot_shows_every_seed_and_every_interval():
     for panel, metric in zip(figure.axes, ("a", "b"), strict=True):
         points = [line.get_ydata() for line in panel.lines if line.get_marker() == "o"]
         np.testing.assert_array_equal(points, [RESULTS[arm][metric] for arm in RESULTS])
+        joined = [line.get_ydata() for line in panel.lines if line.get_marker() == "None"]
+        np.testing.assert_array_equal(np.transpose(joined), points)
         bars = [bar.get_segments()[0][:, 1] for bar in panel.collections]
         expected = [(row["low"], row["high"]) for row in rows if row["metric"] == metric]
         np.testing.assert_allclose(bars, expected)
