@@ -43,7 +43,7 @@ def bench(*flags, devices=4):
     tiny = overrides({**TINY, "batch_size": 8, "mesh.fsdp": 2})
     return subprocess.run(
         [sys.executable, "-c", BARE, "--config", CONFIG, *tiny, *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **env},
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, **env},
     )  # fmt: skip
 
 
