@@ -91,7 +91,7 @@ class OpenClip:
         self.model = open_clip.create_model(name).train()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         has_bias = getattr(self.model, "logit_bias", None) is not None
-        self.loss = open_clip.SigLipLoss() if has_bias else open_clip.ClipLoss()
+        self.loss = open_clip.loss.SigLipLoss() if has_bias else open_clip.ClipLoss()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=fused or None
         )

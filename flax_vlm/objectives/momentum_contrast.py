@@ -44,7 +44,7 @@ class MomentumContrast(Contrastive):
     oldest to the newest. Every device holds the whole queue: 8 K E bytes.
 
     Attributes:
-        queue_size: K; need not be a multiple of the batch size.
+        queue_size: K, at least 1; need not be a multiple of the batch size.
         momentum: m, in [0, 1): how much of the key encoders stays at each step.
     """
 
@@ -53,8 +53,8 @@ class MomentumContrast(Contrastive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.queue_size < 0:
-            raise ValueError(f"queue_size must be at least 0, got {self.queue_size}")
+        if self.queue_size < 1:
+            raise ValueError(f"queue_size must be at least 1, got {self.queue_size}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 

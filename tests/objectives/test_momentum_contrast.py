@@ -133,11 +133,11 @@ def test_keys_get_no_gradient_and_no_dropout_with_and_without_gradient_cache():
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_an_empty_queue_is_no_queue(loss):
+def test_rows_that_are_not_filled_change_nothing(loss):
     batch = make_batch(B)
-    empty, without = make(loss, **STILL), make(loss, size=0, momentum=0.0, **STILL)
+    empty, without = make(loss, **STILL), make(loss, size=1, momentum=0.0, **STILL)
     params, extras = start(empty, batch, filled=0)
-    bare = extras | {"queue": jax.tree.map(lambda x: x[:0], extras["queue"])}
+    bare = extras | {"queue": jax.tree.map(lambda x: x[:1], extras["queue"])}
     found, expected = (loss_of(o, params, e, batch) for o, e in ((empty, extras), (without, bare)))
     np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-6)
     for path, leaf in trees.named_leaves(expected[1]).items():
@@ -148,9 +148,9 @@ def test_an_empty_queue_is_no_queue(loss):
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_without_queue_and_momentum_the_value_is_that_of_the_plain_loss(loss):
+def test_with_an_empty_queue_and_no_momentum_the_value_is_that_of_the_plain_loss(loss):
     batch = make_batch(B)
-    objective = make(loss, size=0, momentum=0.0, **STILL)
+    objective = make(loss, size=1, momentum=0.0, **STILL)
     plain = Contrastive(objective.model, LOSS[loss])
     params, extras = randomised(objective, batch)
     extras = extras | {"key_encoders": {k: params[k] for k in ("image", "text")}}
@@ -344,8 +344,8 @@ def test_a_checkpoint_is_evaluated_on_many_devices(monkeypatch, tmp_path):
 def test_wrong_settings_and_batches_without_text_id_are_refused():
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1.0"):
         make(momentum=1.0)
-    with pytest.raises(ValueError, match="queue_size must be at least 0, got -1"):
-        make(size=-1)
+    with pytest.raises(ValueError, match="queue_size must be at least 1, got 0"):
+        make(size=0)
     objective, batch = make(), make_batch(B)
     params, extras = start(objective, batch)
     del batch["text_id"]
