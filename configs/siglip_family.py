@@ -24,11 +24,13 @@ def siglip_pretraining(
     Args:
         variant: a key of models/siglip.py PRESETS.
         image_size: pixels.
-        data: name of the data, "folder:/data/pairs" or "tfds:NAME".
+        data: name of the data, "folder:/data/pairs" or "tfds:NAME"; "+" and the name of labelled
+            images with ImageNet's classes measure zero-shot accuracy on those, at the end.
         text_length: tokens.
         fsdp: chips that share one copy of the parameters.
     """
     config = defaults()
+    data, _, imagenet = data.partition("+")
     config.batch_size = 32_768
     config.steps = 274_000  # 9e9 examples
     config.checkpoint.every = 2_000
@@ -47,6 +49,14 @@ def siglip_pretraining(
         "image": {"dtype": "bfloat16", "remat": "full"},
         "text": {"dtype": "bfloat16", "remat": "full"},
     }
+    if imagenet:
+        config.evals.zero_shot = {
+            "name": "zero_shot",
+            "every": 0,
+            "data": {"name": imagenet},
+            "class_names": "imagenet",
+            "canonicalize": True,
+        }
     config.objective = {"name": "contrastive", "pair_loss": {"name": "sigmoid", "form": "sharded"}}
     config.optimizer = {
         "name": "adamw",

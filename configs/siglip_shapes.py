@@ -22,6 +22,7 @@ def get_config():
     config.log_every = 20
     config.checkpoint.every = 500
     config.data.name = "shapes"
+    config.data.options = {"train_size": 8000, "test_size": 1000}
     config.data.image_size = 32
     config.data.train_ops = ({"name": "resize", "size": 32},)
     config.data.eval_ops = ({"name": "resize", "size": 32},)

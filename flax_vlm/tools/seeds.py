@@ -20,7 +20,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,24 +30,17 @@ from matplotlib.figure import Figure
 
 from flax_vlm.evaluation.pictures import GRAY, INK, LINES, save_figure
 from flax_vlm.scaling.seed_statistics import mean_interval, paired_difference
+from flax_vlm.tools.runs import Programs, RunFailedError, finish_run, read_metrics
 from flax_vlm.training import workdir as layout
 
 flags.DEFINE_multi_string("config", [], "A recipe, configs/NAME.py[:argument]; first = baseline.")
 flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Values of config.seed, at least two.")
-flags.DEFINE_multi_string("metric", [], "EVALUATOR/NAME as in eval/<step>.json.")
+flags.DEFINE_multi_string("metric", [], "EVALUATOR/NAME as in eval/<step>.json, or train/NAME.")
 flags.DEFINE_string("out", None, "Folder of the workdirs and the results.")
 FLAGS = flags.FLAGS
 
 # {arm: {metric: [value of every seed]}}
 Results = Mapping[str, Mapping[str, Sequence[float]]]
-
-
-class RunFailedError(Exception):
-    """A program ended with an exit code other than 0."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
 
 
 def arm_name(config: str) -> str:
@@ -67,49 +59,6 @@ def check_plan(configs: Sequence[str], seeds: Sequence[int], metrics: Sequence[s
     for what, values, least in (("config", names, 1), ("seed", seeds, 2), ("metric", metrics, 1)):
         if len(values) < least or len(set(values)) < len(values):
             raise ValueError(f"needed: at least {least} different {what}s, got {list(values)}")
-
-
-def run_seed(config: str, seed: int, folder: pathlib.Path, extra: Sequence[str]) -> None:
-    """Trains one seed of a recipe to its end, or goes on, or finds it done.
-
-    Raises:
-        RunFailedError: if train.py or eval.py fails; their words are in FOLDER.log.
-    """
-    extra = [argument.replace("{seed}", str(seed)) for argument in extra]
-    flags = [f"--config={config}", f"--config.seed={seed}", f"--workdir={folder}", *extra]
-    _program("train.py", flags, folder)
-    # a run that was stopped between its last step and its evaluation has nothing left to train
-    if not last_evaluation(folder).exists():
-        _program("eval.py", [f"--workdir={folder}"], folder)
-
-
-def _program(name: str, arguments: Sequence[str], folder: pathlib.Path) -> None:
-    log = folder.with_name(folder.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        command = [sys.executable, name, *arguments]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise RunFailedError(code, f"{name} of {folder} ended with {code}, see {log}: {last}")
-
-
-def last_evaluation(folder: pathlib.Path) -> pathlib.Path:
-    """Returns where the results after the last step of a workdir are, or will be."""
-    return folder / "eval" / f"{layout.load_config(folder)['steps']}.json"
-
-
-def read_metrics(folder: pathlib.Path, metrics: Sequence[str]) -> dict[str, float]:
-    """Returns {metric: value} after the last step of a workdir.
-
-    Raises:
-        ValueError: if a metric is not there, with those that are.
-    """
-    found = json.loads(last_evaluation(folder).read_text())
-    missing = [metric for metric in metrics if metric not in found]
-    if missing:
-        raise ValueError(f"{folder} has no {missing}, choose among {sorted(found)}")
-    return {metric: found[metric] for metric in metrics}
 
 
 def summarize(results: Results) -> list[dict[str, Any]]:
@@ -211,12 +160,15 @@ def run_all(
 
     The seeds are the outer loop, so that what is there early has all arms.
     """
+    programs = Programs()
     results = {arm_name(c): {metric: [] for metric in metrics} for c in configs}
     for seed in seeds:
         for config in configs:
             arm, start = arm_name(config), time.perf_counter()
             folder = out / arm / f"seed_{seed}"
-            run_seed(config, seed, folder, extra)
+            more = [argument.replace("{seed}", str(seed)) for argument in extra]
+            flags = [f"--config={config}", f"--config.seed={seed}", *more]
+            finish_run(programs, flags, folder)
             found = read_metrics(folder, metrics)
             for metric, value in found.items():
                 results[arm][metric].append(value)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Runs a ladder of configs/ladders/ rung by rung, and makes a table, a law and a plot of it.
+
+    python -m flax_vlm.tools.ladder run     configs/ladders/batch_size.py --out runs/batch_size --jobs 2
+    python -m flax_vlm.tools.ladder status  configs/ladders/batch_size.py --out runs/batch_size
+    python -m flax_vlm.tools.ladder collect configs/ladders/batch_size.py --out runs/batch_size
+    python -m flax_vlm.tools.ladder commands configs/ladders/batch_size.py:published --out /shared/sweep --on slurm
+
+`run` skips what is done, goes on with what is not, and collects at its end; killed, it is started again with
+the same command. `collect` writes OUT/table.json and OUT/table.csv from the rungs that are done.
+`commands` prints what starts each rung on a cluster. Start it where train.py lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import runpy
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from flax_vlm import trees
+from flax_vlm.program import Program, plain
+from flax_vlm.scaling.ladder import Ladder, Rung
+from flax_vlm.tools.overrides import with_changes
+from flax_vlm.tools.runs import (
+    Programs,
+    RunFailedError,
+    finish_run,
+    last_evaluation,
+    read_metrics,
+)
+from flax_vlm.training import workdir as layout
+from flax_vlm.training.profiling import goodput, read_timings
+
+Row = dict[str, Any]
+
+
+def load_ladder(path: str) -> Ladder:
+    """Returns the ladder of configs/ladders/NAME.py[:argument].
+
+    Raises:
+        ValueError: if there is no such file, or it holds none.
+    """
+    file, _, argument = path.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"a ladder is a file, configs/ladders/NAME.py[:argument], got {path!r}")
+    sys.path.insert(0, ".")  # configs import each other
+    get_ladder = runpy.run_path(file).get("get_ladder")
+    if get_ladder is None:
+        raise ValueError(f"{file} has no get_ladder()")
+    return get_ladder(*filter(None, [argument]))
+
+
+def read_config(rung: Rung) -> dict[str, Any]:
+    """Returns the config that train.py makes of a rung's flags, as plain values."""
+    file, _, argument = rung.config.partition(":")
+    config = runpy.run_path(file)["get_config"](*filter(None, [argument]))
+    return with_changes(plain(config), rung.changes)
+
+
+def is_done(folder: pathlib.Path) -> bool:
+    """Returns whether a workdir was trained and evaluated to its end."""
+    return (folder / "config.json").exists() and last_evaluation(folder).exists()
+
+
+def run(ladder: Ladder, out: pathlib.Path, jobs: int) -> None:
+    """Runs every rung that is not done, `jobs` at a time.
+
+    Raises:
+        RunFailedError: of the first rung that fails; rungs that run already are told to save.
+    """
+    programs = Programs()
+    signal.signal(signal.SIGTERM, lambda *_: programs.stop())
+    missing = [rung for rung in ladder.rungs() if not is_done(out / rung.name)]
+    total = len(ladder.rungs())
+    print(f"{total - len(missing)} of {total} rungs are done", flush=True)
+
+    def finish(rung: Rung) -> None:
+        start = time.perf_counter()
+        try:
+            finish_run(programs, rung.flags(), out / rung.name)
+        except RunFailedError:
+            programs.stop()
+            raise
+        found = read_metrics(out / rung.name, ladder.metrics)
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in found.items())
+        print(f"{rung.name}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = [pool.submit(finish, rung) for rung in missing]
+        errors = [result.exception() for result in results]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def status(ladder: Ladder, out: pathlib.Path) -> list[tuple[str, str]]:
+    """Returns (name, "done", "step N of M" or "not started") of every rung."""
+    lines = []
+    for rung in ladder.rungs():
+        folder = out / rung.name
+        state = "not started"
+        if is_done(folder):
+            state = "done"
+        elif (folder / "config.json").exists():
+            logged = [row["step"] for row in layout.history(folder)]
+            state = f"step {max(logged, default=0)} of {layout.load_config(folder)['steps']}"
+        lines.append((rung.name, state))
+    return lines
+
+
+def collect(ladder: Ladder, out: pathlib.Path) -> list[Row]:
+    """Writes table.json and table.csv of the rungs that are done, and returns their rows.
+
+    A row has the dials, the seed, `parameters`, `examples` seen, `compute` (training FLOPs by
+    scaling/flops.py), `seconds` of wall time of all starts, `held_out`, and the metrics.
+
+    Raises:
+        ValueError: if no rung is done.
+    """
+    rows = []
+    for rung in ladder.rungs():
+        folder = out / rung.name
+        if is_done(folder):
+            costs = training_costs(layout.load_config(folder))
+            seconds = goodput(read_timings(folder / "timings.jsonl"))["wall"]
+            rows.append(
+                {**rung.dials, "seed": rung.seed, **costs, "seconds": round(seconds, 1)}
+                | {"held_out": ladder.held_out(**rung.dials)}
+                | read_metrics(folder, ladder.metrics)
+            )
+    if not rows:
+        raise ValueError(f"{out} has no rung that is done; start `run` first")
+    layout.save_json(out / "table.json", rows)
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def training_costs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns "parameters", "examples" and "compute" (training FLOPs) of a config's run."""
+    program = Program.from_config({**config, "init_from": ""})
+    examples = config["steps"] * config["batch_size"]
+    return {
+        "parameters": trees.num_parameters(program.shapes.params),
+        "examples": examples,
+        "compute": program.flops_per_example() * examples,
+    }
+
+
+# What starts a rung on a cluster: (arguments of train.py, machine) -> a line of shell.
+LAUNCHERS = {
+    "slurm": lambda name, arguments, machine: shlex.join(
+        ["sbatch", f"--nodes={machine['nodes']}", f"--job-name={name}", "launch/slurm.sh"]
+        + arguments
+    ),
+    "tpu": lambda name, arguments, machine: (
+        f"ACCELERATOR={machine['accelerator']} "
+        + shlex.join(["launch/tpu_vm.sh", "train", name, *arguments])
+    ),
+    "aot": lambda name, arguments, machine: shlex.join(
+        ["python", "-m", "flax_vlm.tools.aot_compile", f"--topology={machine['topology']}"]
+        + [f"--config={arguments[0]}", *arguments[2:]]
+    ),
+}
+
+
+def commands(ladder: Ladder, out: pathlib.Path, on: str) -> list[str]:
+    """Returns one line of shell per rung.
+
+    Raises:
+        ValueError: if the ladder says nothing of machines.
+    """
+    if ladder.machine is None:
+        raise ValueError("this ladder runs here: it has no `machine` for a cluster")
+    lines = []
+    for rung in ladder.rungs():
+        name = rung.name.replace("/", ".").replace("_", "-").lower()
+        config, *changes = rung.flags()
+        arguments = [config.removeprefix("--config="), str(out / rung.name), *changes]
+        lines.append(LAUNCHERS[on](name, arguments, ladder.machine(**rung.dials)))
+    return lines
+
+
+def _run(ladder: Ladder, options: argparse.Namespace) -> None:
+    run(ladder, options.out, options.jobs)
+    _collect(ladder, options)
+
+
+def _status(ladder: Ladder, options: argparse.Namespace) -> None:
+    for name, state in status(ladder, options.out):
+        print(f"{name}: {state}")
+
+
+def _collect(ladder: Ladder, options: argparse.Namespace) -> None:
+    rows = collect(ladder, options.out)
+    print(f"{len(rows)} of {len(ladder.rungs())} rungs are in {options.out / 'table.csv'}")
+
+
+def _commands(ladder: Ladder, options: argparse.Namespace) -> None:
+    print("\n".join(commands(ladder, options.out, options.on)))
+
+
+VERBS = {"run": _run, "status": _status, "collect": _collect, "commands": _commands}
+
+
+def main() -> int:
+    """Returns the exit code: 0, 1 for a wrong ladder, or that of the rung that failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("ladder", help="configs/ladders/NAME.py[:argument]")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the workdirs")
+    parser.add_argument("--jobs", type=int, default=1, help="rungs that run at a time")
+    parser.add_argument("--on", choices=LAUNCHERS, default="slurm", help="for commands")
+    options = parser.parse_args()
+    try:
+        VERBS[options.verb](load_ladder(options.ladder), options)
+    except RunFailedError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
