@@ -6,9 +6,9 @@
 
 Eight rungs over two decades of training compute on the shapes world, every scene seen once; model
 and data grow alike: width with the fourth root of compute, scenes with the square root. What is
-measured is the softmax loss of the last tenth of the steps, among 128 pairs: on scenes that were not
-seen before, so it is a test loss. Learning rate: 2e-3 x 64 / width. The widest rung is held out: no
-law is fitted to it.
+measured is the softmax loss among 128 pairs in the last tenth of the steps: on scenes that were
+not seen before, so it is a test loss. Learning rate: 2e-3 x 64 / width. The widest rung is held
+out: no law is fitted to it.
 """
 
 from __future__ import annotations

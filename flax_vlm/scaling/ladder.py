@@ -13,8 +13,8 @@ A file of configs/ladders/ holds one, as the value of its `get_ladder()`:
         metrics=("zero_shot/accuracy",),
     )
 
-A rung is one value of every dial and one seed; it is a run of train.py with the changes as flags, in
-a workdir of its own, so every rung is resumable by itself and can be started by hand.
+A rung is one value of every dial and one seed: a run of train.py with the changes as flags, in a
+workdir of its own, so that every rung is resumable by itself and can be started by hand.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Runs a ladder of configs/ladders/ rung by rung, and makes a table, a law and a plot of it.
 
-    python -m flax_vlm.tools.ladder run     configs/ladders/batch_size.py --out runs/batch_size --jobs 2
-    python -m flax_vlm.tools.ladder status  configs/ladders/batch_size.py --out runs/batch_size
-    python -m flax_vlm.tools.ladder collect configs/ladders/batch_size.py --out runs/batch_size
-    python -m flax_vlm.tools.ladder commands configs/ladders/batch_size.py:published --out /shared/sweep --on slurm
+    LADDER="configs/ladders/batch_size.py --out runs/batch_size"
+    python -m flax_vlm.tools.ladder run $LADDER --jobs 2
+    python -m flax_vlm.tools.ladder status $LADDER
+    python -m flax_vlm.tools.ladder collect $LADDER
+    python -m flax_vlm.tools.ladder commands configs/ladders/batch_size.py:published \
+        --out /shared/sweep --on slurm
 
-`run` skips what is done, goes on with what is not, and collects at its end; killed, it is started again with
-the same command. `collect` writes OUT/table.json and OUT/table.csv from the rungs that are done.
-`commands` prints what starts each rung on a cluster. Start it where train.py lies.
+`run` skips what is done, goes on with what is not, and collects at its end; killed, it is started
+again with the same command. `collect` writes OUT/table.json and OUT/table.csv from the rungs that
+are done. `commands` prints what starts each rung on a cluster. Start it where train.py lies.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from flax_vlm.tools.runs import (
     read_metrics,
 )
 from flax_vlm.training import workdir as layout
+from flax_vlm.training.peers import EXIT_PREEMPTED
 from flax_vlm.training.profiling import goodput, read_timings
 
 Row = dict[str, Any]
@@ -74,10 +77,14 @@ def run(ladder: Ladder, out: pathlib.Path, jobs: int) -> None:
     """Runs every rung that is not done, `jobs` at a time.
 
     Raises:
-        RunFailedError: of the first rung that fails; rungs that run already are told to save.
+        ValueError: if a workdir was written by other values than its rung has now.
+        RunFailedError: of a rung that fails; those that run already are told to save and end. With
+            code 75 if all was told to stop by SIGTERM.
     """
     programs = Programs()
     signal.signal(signal.SIGTERM, lambda *_: programs.stop())
+    for rung in ladder.rungs():
+        layout.check_same_run(out / rung.name, read_config(rung))
     missing = [rung for rung in ladder.rungs() if not is_done(out / rung.name)]
     total = len(ladder.rungs())
     print(f"{total - len(missing)} of {total} rungs are done", flush=True)
@@ -96,9 +103,9 @@ def run(ladder: Ladder, out: pathlib.Path, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         results = [pool.submit(finish, rung) for rung in missing]
         errors = [result.exception() for result in results]
-    for error in errors:
-        if error is not None:
-            raise error
+    failed = [error for error in errors if error is not None]
+    if failed:  # those that were told to stop are not the reason
+        raise min(failed, key=lambda error: getattr(error, "code", 1) == EXIT_PREEMPTED)
 
 
 def status(ladder: Ladder, out: pathlib.Path) -> list[tuple[str, str]]:

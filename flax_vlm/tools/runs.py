@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 
 from flax_vlm.training import workdir as layout
+from flax_vlm.training.peers import EXIT_PREEMPTED
 
 
 class RunFailedError(Exception):
@@ -44,13 +45,15 @@ class Programs:
         with log.open("a") as file:
             with self._lock:
                 if self.stopping:
-                    raise RunFailedError(75, f"{name} of {folder} was not started: told to stop")
+                    raise RunFailedError(EXIT_PREEMPTED, f"{folder} is left for the next time")
                 command = [sys.executable, name, *arguments]
                 program = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
                 self._running.add(program)
             code = program.wait()
             with self._lock:
                 self._running.discard(program)
+        if code and self.stopping:  # one that had hardly started ends by the signal itself
+            raise RunFailedError(EXIT_PREEMPTED, f"{folder} was told to stop; start again to go on")
         if code:
             last = log.read_text().strip().rpartition("\n")[2]
             raise RunFailedError(code, f"{name} of {folder} ended with {code}, see {log}: {last}")
