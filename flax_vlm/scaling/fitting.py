@@ -271,7 +271,8 @@ def check_points(law: Law, x: np.ndarray, y: np.ndarray) -> None:
 
 def _columns(law: Law, x: Data) -> np.ndarray:
     """Returns [v, n] float64 in the order of the law's variables."""
-    given = x if isinstance(x, Mapping) else {law.variables[0]: x}
+    name = law.variables[0] if len(law.variables) == 1 else "an array without a name"
+    given = x if isinstance(x, Mapping) else {name: x}
     if set(given) != set(law.variables):
         raise ValueError(f"{law.equation} takes {list(law.variables)}, got {sorted(given)}")
     columns = [np.atleast_1d(np.asarray(given[v], np.float64)) for v in law.variables]

@@ -182,7 +182,7 @@ def polish(problem: Problem, internal: np.ndarray, y: np.ndarray) -> tuple[np.nd
             lambda p: problem.residuals(p, y)[0], best, lambda p: -problem.residuals(p, y)[1],
             bounds=(low - 1e-9, high + 1e-9), x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15,
         )  # fmt: skip
-        candidates = [best, found.x]
+        candidates = [best, found.x, _newton(problem, found.x, y, low, high)]
     else:
         candidates = [best]
         for _ in range(2):
@@ -194,8 +194,25 @@ def polish(problem: Problem, internal: np.ndarray, y: np.ndarray) -> tuple[np.nd
                 found = optimize.minimize(objective, best, method=method, jac=jac, options=options)
                 candidates.append(found.x)
                 best = min(candidates, key=objective)
-    best = min(candidates, key=objective)
+    least = min(objective(p) for p in candidates)
+    # the last candidate that is as good as the best, to round-off
+    best = [p for p in candidates if objective(p) <= least * (1 + 1e-14)][-1]
     return best, objective(best)
+
+
+def _newton(
+    problem: Problem, internal: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Returns internal values after undamped Gauss-Newton steps: an objective is flat at its
+    minimum, and stops telling values apart long before their last digits.
+    """
+    for _ in range(10):
+        residual, jacobian = problem.residuals(internal, y)
+        step = np.linalg.lstsq(jacobian, residual, rcond=1e-12)[0]
+        if np.abs(step).max() > 1e-4:  # not near the minimum: the descent knows better
+            break
+        internal = np.clip(internal + step, low, high)
+    return internal
 
 
 def solve(problem: Problem, y: np.ndarray) -> tuple[np.ndarray, float, int]:
