@@ -34,6 +34,7 @@ from flax_vlm.nn.norms import LayerNorm
 from flax_vlm.nn.patches import PatchEmbed, as_pair, drop_patches, grid_size, num_kept
 from flax_vlm.nn.pooling import MAPHead, pool_class_token, pool_mean
 from flax_vlm.nn.positions import sincos2d
+from flax_vlm.nn.resampler import PerceiverResampler
 from flax_vlm.nn.rotary import Rotary, rotary2d
 from flax_vlm.nn.transformer import Encoder
 
@@ -68,7 +69,8 @@ class VisionTransformer(nn.Module):
         patch_size: pixels, a number or (height, width).
         image_size: pixels, a number or (height, width); every image must have it.
         pooling: "cls" the class token, "gap" the mean of the patches, "map" an attention head over
-            all tokens.
+            all tokens, "resampler" the mean of a Perceiver Resampler's latents.
+        resampler: arguments of resampler.PerceiverResampler.
         class_token: put a learned token in front of the patches.
         class_position: the class token has a learned position too (as in the paper, Hugging Face
             and CLIP).
@@ -108,6 +110,7 @@ class VisionTransformer(nn.Module):
     patch_size: int | Sequence[int] = 16
     image_size: int | Sequence[int] = 224
     pooling: str = "cls"
+    resampler: Mapping[str, Any] | None = None
     class_token: bool = True
     class_position: bool = True
     num_registers: int = 0
@@ -199,6 +202,8 @@ class VisionTransformer(nn.Module):
                 dtype=self.dtype,
                 attention_implementation=self.attention_implementation,
             )
+        if self.pooling == "resampler":
+            self.pool = PerceiverResampler(**self.resampler, dtype=self.dtype)
         if self.embed_dim is not None:
             self.head = nn.Dense(
                 self.embed_dim,
@@ -282,6 +287,8 @@ class VisionTransformer(nn.Module):
             return pool_class_token(tokens)
         if self.pooling == "gap":
             return pool_mean(tokens, num_prefix=self.num_prefix)
+        if self.pooling == "resampler":
+            return pool_mean(self.pool(tokens))
         return self.pool(tokens)
 
 

@@ -13,7 +13,7 @@ from flax_vlm.nn.patches import Size, as_pair, num_kept
 if TYPE_CHECKING:
     from flax_vlm.models.vit import VisionTransformer
 
-POOLINGS = ("cls", "gap", "map")
+POOLINGS = ("cls", "gap", "map", "resampler")
 POSITION_EMBEDDINGS = ("learned", "sincos2d")
 
 
@@ -21,6 +21,11 @@ def check_choices(model: VisionTransformer) -> None:
     """Raises ValueError if the fields of a VisionTransformer contradict each other."""
     if model.pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {model.pooling!r}, choose one of {list(POOLINGS)}")
+    if (model.pooling == "resampler") != (model.resampler is not None):
+        raise ValueError(
+            f'pooling "resampler" and the field resampler go together, got {model.pooling!r} and '
+            f"{model.resampler}"
+        )
     if model.pooling == "cls" and not model.class_token:
         raise ValueError('pooling "cls" needs class_token=True, got False; choose "gap" or "map"')
     if model.position_embedding not in POSITION_EMBEDDINGS:

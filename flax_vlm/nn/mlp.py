@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import lookup
@@ -23,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_erf": lambda x: jax.nn.gelu(x, approximate=False),  # Hugging Face ViT, open_clip
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
     "silu": jax.nn.silu,  # gated: DINOv2 giant, EVA-02
+    "relu": jax.nn.relu,  # IDEFICS' resampler
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # Flamingo's
 }
 
 

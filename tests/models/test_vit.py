@@ -11,6 +11,7 @@ from flax_vlm.models import MODELS
 from flax_vlm.models.variants import VARIANTS
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier, build_vit
 from flax_vlm.nn.positions import sincos2d
+from flax_vlm.nn.resampler import PerceiverResampler
 from tests.nn import oracle
 
 SIZE = dict(width=12, depth=2, mlp_dim=20, num_heads=3, patch_size=(4, 2), image_size=(8, 6))
@@ -73,6 +74,21 @@ def test_every_dialect_equals_the_float64_oracle(dialect):
     out = oracle.apply(model, params, IMAGE)
     oracle.assert_close(out.tokens, tokens)
     oracle.assert_close(out.pooled, pooled)
+
+
+def test_a_resampler_pools_to_the_mean_of_its_latents():
+    resampler = {"num_latents": 3, "depth": 1, "num_heads": 2, "head_dim": 5}
+    model = build_vit(**SIZE, pool="resampler", resampler=resampler, embed_dim=5)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGE)["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda s: np.float32(rng.normal(size=s.shape, scale=0.5)), shapes)
+    output = model.apply({"params": params}, IMAGE)
+    latents = PerceiverResampler(**resampler).apply({"params": params["pool"]}, output.tokens)
+    expected = np.asarray(latents).mean(1) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(output.pooled, expected, atol=2e-5 * abs(expected).max())
+    for fields in ({"pool": "resampler"}, {"pool": "gap", "resampler": resampler}):
+        with pytest.raises(ValueError, match='pooling "resampler" and the field resampler go'):
+            build_vit(**SIZE, **fields)
 
 
 def test_the_classifier_adds_a_zero_head_to_the_same_encoder():
