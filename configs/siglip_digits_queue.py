@@ -7,7 +7,10 @@
 `queue` (the default) compares every image with the texts of its batch and up to 512 earlier ones,
 and the reverse; `batch` with those of the batch alone. Both take the softmax loss.
 
-Result: none yet
+Result, zero-shot accuracy of the 360 test images, 3 seeds, 95 % t-intervals: the batch alone 96.5 %
+(93.4 to 99.6), the queue 94.1 % (92.6 to 95.5); paired difference -2.4 (-6.6 to +1.8). With ten
+classes most of 512 earlier texts say what a text of the batch says: the queue did not help here.
+Time: about 100 seconds a run on two CPU cores that other jobs were using too.
 """
 
 from configs import siglip_digits

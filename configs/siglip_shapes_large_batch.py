@@ -24,5 +24,5 @@ def get_config():
     config.optimizer.lr = 4e-3
     config.optimizer.schedule.warmup = 0.1
     for evaluation in config.evals.values():
-        evaluation.every = 120
+        evaluation.every = 40
     return config.lock()
