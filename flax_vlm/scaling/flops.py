@@ -29,6 +29,7 @@ from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
+from flax_vlm.nn.resampler import PerceiverResampler
 
 TOWERS = ("image", "text")
 PARTS = (*TOWERS, "encoder")  # what can be frozen
@@ -66,6 +67,28 @@ def map_head_flops(width: int, mlp_dim: int, tokens: int, *, attention: bool = T
     return keys_values + products + 2 * (2 * width * width + 2 * width * mlp_dim)
 
 
+def resampler_flops(
+    width: int, resampler: PerceiverResampler, tokens: int, *, attention: bool = True
+) -> int:
+    """Returns the forward FLOPs of a Perceiver Resampler on the tokens of one example.
+
+    depth * (2 D N K (2 Q + 2 (P + Q)) + 4 Q (P + Q) N K + 4 Q D M): q and o of the latents, k and v
+    of both
+
+    Args:
+        width: D.
+        resampler: its fields.
+        tokens: P.
+        attention: count scores and weights times v.
+    """
+    latents, both = resampler.num_latents, resampler.num_latents + tokens
+    inner = resampler.num_heads * resampler.head_dim
+    projections = 2 * width * inner * (2 * latents + 2 * both)
+    products = 4 * latents * both * inner if attention else 0
+    mlp = 4 * latents * width * resampler.mlp_ratio * width
+    return resampler.depth * (projections + products + mlp)
+
+
 def vision_flops(
     model: VisionTransformer,
     image_size: Size | None = None,
@@ -94,6 +117,9 @@ def vision_flops(
     )
     if model.pooling == "map":
         flops += map_head_flops(model.width, model.mlp_dim, tokens, attention=attention)
+    if model.pooling == "resampler":
+        resampler = PerceiverResampler(**model.resampler)
+        flops += resampler_flops(model.width, resampler, tokens, attention=attention)
     outputs = model.num_classes if isinstance(model, ViTClassifier) else model.embed_dim or 0
     return flops + 2 * model.width * outputs
 

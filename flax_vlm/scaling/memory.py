@@ -25,6 +25,7 @@ from flax import linen as nn
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
+from flax_vlm.nn.resampler import PerceiverResampler
 from flax_vlm.nn.patches import Size, as_pair, grid_size
 from flax_vlm.scaling.flops import num_tokens, tower_costs
 
@@ -107,7 +108,18 @@ def vision_parameters(model: VisionTransformer, image_size: Size | None = None) 
     count = width * (3 * patch_h * patch_w + vectors) + model.depth * block_parameters(model)
     if model.pooling == "map":  # probe, attention, norm
         count += 4 * width * width + 7 * width + mlp_parameters(width, model.mlp_dim)
+    if model.pooling == "resampler":
+        count += resampler_parameters(width, PerceiverResampler(**model.resampler))
     return count + _head_parameters(model)
+
+
+def resampler_parameters(width: int, resampler: PerceiverResampler) -> int:
+    """Returns the number of parameters of a Perceiver Resampler of that width."""
+    block = 4 * width * resampler.num_heads * resampler.head_dim  # q, k, v, o
+    block += 2 * resampler.mlp_ratio * width * width + 6 * width  # feed-forward net, three norms
+    block += 4 * resampler.head_dim if resampler.qk_norm else 0
+    vectors = resampler.num_latents + resampler.num_frames + 2  # the final norm
+    return resampler.depth * block + vectors * width
 
 
 def text_parameters(model: TextEncoder, text_length: int | None = None) -> int:
@@ -148,6 +160,8 @@ def vision_bytes(
     model: VisionTransformer, image_size: Size | None = None, *, scores: bool = True
 ) -> int:
     """Returns the bytes that an image encoder keeps for the backward pass, per image."""
+    if model.pooling == "resampler":
+        raise ValueError("there is no formula for the activations of a resampler; ask aot_compile")
     item = jnp.dtype(model.dtype).itemsize
     patches, tokens = num_tokens(model, image_size)
     patch_h, patch_w = as_pair(model.patch_size)

@@ -5,12 +5,16 @@ r"""Runs a ladder of configs/ladders/ rung by rung, and makes a table, a law and
     python -m flax_vlm.tools.ladder run $LADDER --jobs 2
     python -m flax_vlm.tools.ladder status $LADDER
     python -m flax_vlm.tools.ladder collect $LADDER
+    python -m flax_vlm.tools.ladder plot $LADDER
+    python -m flax_vlm.tools.ladder fit configs/ladders/compute.py --out runs/compute
     python -m flax_vlm.tools.ladder commands configs/ladders/batch_size.py:published \
         --out /shared/sweep --on slurm
 
 `run` skips what is done, goes on with what is not, and collects at its end; killed, it is started
 again with the same command. `collect` writes OUT/table.json and OUT/table.csv from the rungs that
-are done. `commands` prints what starts each rung on a cluster. Start it where train.py lies.
+are done; `plot` draws OUT/plot.png and .svg from the table; `fit` fits a law over compute to it,
+compares the rungs that were held out with what it predicts, and writes OUT/law.json, .png and .svg.
+`commands` prints what starts each rung on a cluster. Start it where train.py lies.
 """
 
 from __future__ import annotations
@@ -27,9 +31,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from flax_vlm import trees
 from flax_vlm.program import Program, plain
+from flax_vlm.figures import save_figure
+from flax_vlm.scaling.fitting import fit
 from flax_vlm.scaling.ladder import Ladder, Rung
+from flax_vlm.scaling.laws import LAWS
+from flax_vlm.scaling.plots import batch_size_figure, law_figure
+from flax_vlm.scaling.seed_statistics import mean_interval
 from flax_vlm.tools.overrides import with_changes
 from flax_vlm.tools.runs import (
     Programs,
@@ -43,6 +55,7 @@ from flax_vlm.training.peers import EXIT_PREEMPTED
 from flax_vlm.training.profiling import goodput, read_timings
 
 Row = dict[str, Any]
+ONE_VARIABLE = [name for name, law in LAWS.items() if law.variables == ("C",)]
 
 
 def load_ladder(path: str) -> Ladder:
@@ -198,6 +211,104 @@ def commands(ladder: Ladder, out: pathlib.Path, on: str) -> list[str]:
     return lines
 
 
+def read_table(ladder: Ladder, out: pathlib.Path) -> list[Row]:
+    """Returns the rows of OUT/table.json.
+
+    Raises:
+        ValueError: if `collect` did not write it yet.
+    """
+    if not (out / "table.json").exists():
+        raise ValueError(f"{out} has no table.json; start `run` or `collect` first")
+    return json.loads((out / "table.json").read_text())
+
+
+def plot(ladder: Ladder, out: pathlib.Path) -> None:
+    """Draws the first metric over the dial of the ladder's x, with every seed."""
+    rows, metric = read_table(ladder, out), ladder.metrics[0]
+    curves: dict[str, dict[float, list[float]]] = {}
+    words: dict[str, list[float]] = {}  # values of the dial that have no place on an axis
+    for row in rows:
+        x, name = row[ladder.x], str(row.get(ladder.curves, metric))
+        where = words if isinstance(x, str) else curves.setdefault(name, {})
+        where.setdefault(x, []).append(row[metric])
+    notes = []
+    for name, values in words.items():
+        found = mean_interval(values)
+        notes.append(f"{name}: {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}].")
+    figure = batch_size_figure(
+        curves,
+        x_label=ladder.x,
+        y_label=metric,
+        title=f"{ladder.config.partition(':')[0]}: {metric} over {ladder.x}",
+        note=" ".join(notes),
+    )
+    _save(figure, out / "plot")
+
+
+def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
+    """Fits a law of training compute to the first metric, and returns what law.json holds.
+
+    What is fitted is the metric itself if it is a "train/..." loss, else the error 1 - metric. Every
+    seed is a point. A rung that was held out is compared, seed by seed, with the interval of one
+    more run.
+
+    Raises:
+        ValueError: what `fit` raises: too few points for the form, values that are not positive.
+    """
+    metric = ladder.metrics[0]
+    is_loss = metric.startswith("train/")
+    rows = [
+        (row["compute"], row[metric] if is_loss else 1 - row[metric], row["held_out"])
+        for row in read_table(ladder, out)
+    ]
+    fitted = [(c, y) for c, y, held_out in rows if not held_out]
+    held_out = [(c, y) for c, y, held_out in rows if held_out]
+    compute, y = map(np.array, zip(*fitted, strict=True))
+    label = metric if is_loss else f"1 - {metric}"
+    law = fit(form, compute, y, units={"C": "training FLOPs", "y": label})
+    report = law.report() | {"held_out": []}
+    for c, measured in held_out:
+        value, low, high = (float(v[0]) for v in law.predict(np.array([c]), new_point=True))
+        report["held_out"].append(
+            {"compute": c, "measured": measured, "predicted": value, "low": low, "high": high}
+            | {"inside": low <= measured <= high, "missed_by": measured / value - 1}
+        )
+    layout.save_json(out / "law.json", report)
+    figure = law_figure(
+        law,
+        x_label="training compute C (FLOPs)",
+        y_label=label,
+        title=f"{ladder.config.partition(':')[0]}: {label} over compute",
+        note="Compute: scaling/flops.py, forward and backward.",
+        held_out=tuple(map(list, zip(*held_out, strict=True))) or None,
+        beyond=1.0 if held_out else 3.0,
+    )
+    _save(figure, out / "law")
+    return report
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    for suffix in (".png", ".svg"):
+        save_figure(figure, path.with_suffix(suffix))
+
+
+def _plot(ladder: Ladder, options: argparse.Namespace) -> None:
+    plot(ladder, options.out)
+    print(options.out / "plot.png")
+
+
+def _fit(ladder: Ladder, options: argparse.Namespace) -> None:
+    report = fit_law(ladder, options.out, options.form)
+    for rung in report["held_out"]:
+        verdict = "inside" if rung["inside"] else "OUTSIDE"
+        print(
+            f"held out, {rung['compute']:.3g} FLOPs: measured {rung['measured']:.4f}, predicted "
+            f"{rung['predicted']:.4f} [{rung['low']:.4f}, {rung['high']:.4f}]: {verdict} "
+            f"({rung['missed_by']:+.1%})"
+        )
+    print(json.dumps(report))
+
+
 def _run(ladder: Ladder, options: argparse.Namespace) -> None:
     run(ladder, options.out, options.jobs)
     _collect(ladder, options)
@@ -217,7 +328,14 @@ def _commands(ladder: Ladder, options: argparse.Namespace) -> None:
     print("\n".join(commands(ladder, options.out, options.on)))
 
 
-VERBS = {"run": _run, "status": _status, "collect": _collect, "commands": _commands}
+VERBS = {
+    "run": _run,
+    "status": _status,
+    "collect": _collect,
+    "plot": _plot,
+    "fit": _fit,
+    "commands": _commands,
+}
 
 
 def main() -> int:
@@ -227,6 +345,7 @@ def main() -> int:
     parser.add_argument("ladder", help="configs/ladders/NAME.py[:argument]")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the workdirs")
     parser.add_argument("--jobs", type=int, default=1, help="rungs that run at a time")
+    parser.add_argument("--form", choices=ONE_VARIABLE, default="power_floor", help="for fit")
     parser.add_argument("--on", choices=LAUNCHERS, default="slurm", help="for commands")
     options = parser.parse_args()
     try:

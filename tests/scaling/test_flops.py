@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flax_vlm import trees
 from flax_vlm.models import build_clip, build_siglip, build_vit
 from flax_vlm.models.text_encoder import build_text_encoder
 from flax_vlm.nn.norms import LayerNorm
@@ -14,6 +15,7 @@ from flax_vlm.scaling.flops import (
     train_flops_per_example,
     vision_flops,
 )
+from flax_vlm.scaling.memory import vision_bytes, vision_parameters
 from tests.losses.cost import matmul_flops
 
 # open_clip docs/model_profile.csv: GFLOP per sample of the whole model, the image tower, the text
@@ -118,3 +120,17 @@ def test_unknown_models_and_towers_are_errors():
         train_flops_per_example(build_siglip("B/16"), frozen=("vision",))
     with pytest.raises(ValueError, match="frozen names parts"):
         train_flops_per_example(build_vit("B/16"), frozen=("image",))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_resampler_is_counted_to_the_last_product_and_parameter(qk_norm):
+    resampler = dict(num_latents=5, depth=3, num_heads=2, head_dim=24, qk_norm=qk_norm)
+    size = dict(width=32, depth=2, mlp_dim=48, num_heads=2, patch_size=8, image_size=24)
+    model = build_vit(**size, pool="resampler", resampler=resampler, embed_dim=7)
+    image = jax.ShapeDtypeStruct((4, 24, 24, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    traced = jax.make_jaxpr(lambda p, x: model.apply({"params": p}, x).pooled)(params, image)
+    assert matmul_flops(traced.jaxpr) == 4 * vision_flops(model)
+    assert trees.num_parameters(params) == vision_parameters(model)
+    with pytest.raises(ValueError, match="no formula for the activations of a resampler"):
+        vision_bytes(model)
