@@ -80,7 +80,8 @@ class Fit:
     def intervals(self) -> dict[str, tuple[float, float] | None]:
         """{name: (low, high)}, None where the parameter is not identifiable."""
         low, high = map(self.law.to_parameters, self._internal_interval())
-        return {n: (low[n], high[n]) if ok else None for n, ok in self.identified.items()}
+        known = self.identified
+        return {name: (low[name], high[name]) if known[name] else None for name in low}
 
     @property
     def residuals(self) -> np.ndarray:
@@ -145,6 +146,30 @@ class Fit:
     def leave_one_out(self) -> np.ndarray:
         """Returns [n]: each point minus the prediction of a fit to the others, in units of y."""
         return leave_one_out(self.problem, self.internal, self.y)
+
+    def held_out(self, x: Data, y: Any) -> list[dict[str, float | bool]]:
+        """Returns what the law says of runs that it was not fitted to, one row per run.
+
+        A row has "measured", "predicted", "low" and "high" (of one more run), "inside", and
+        "missed_by": how far the measured value lies outside of the interval, as a part of the
+        prediction; 0 inside.
+
+        Args:
+            x: as in `predict`.
+            y: [m], measured.
+        """
+        rows = zip(*self.predict(x, new_point=True), np.atleast_1d(y), strict=True)
+        return [
+            {
+                "measured": float(measured),
+                "predicted": float(value),
+                "low": float(low),
+                "high": float(high),
+                "inside": bool(low <= measured <= high),
+                "missed_by": float(max(low - measured, measured - high, 0.0) / value),
+            }
+            for value, low, high, measured in rows
+        ]
 
     def report(self) -> dict[str, Any]:
         """Returns what to print or write as JSON; numbers that mean nothing are left out."""
