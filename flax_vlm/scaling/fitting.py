@@ -123,24 +123,26 @@ class Fit:
             return value, value * np.exp(low), value * np.exp(high)
         return value, value + low, value + high
 
-    def derived(self, function: Callable[[dict[str, float]], float]) -> tuple[float, float, float]:
-        """Returns a function of the parameters with its interval: value, low, high.
+    def derived(
+        self, function: Callable[[dict[str, float]], Any]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns numbers that follow from the parameters with their intervals: value, low, high.
 
         Args:
-            function: of {name: value}, smooth.
+            function: {name: value} -> a number or an array, smooth.
         """
 
-        def of(internal: np.ndarray) -> float:
-            return function(self.law.to_parameters(internal))
+        def of(internal: np.ndarray) -> np.ndarray:
+            return np.asarray(function(self.law.to_parameters(internal)), np.float64)
 
         value = of(self.internal)
         if self.samples is not None:
-            low, high = np.quantile([of(sample) for sample in self.samples], self._tails())
-            return value, float(low), float(high)
+            low, high = np.quantile([of(sample) for sample in self.samples], self._tails(), axis=0)
+            return value, low, high
         steps = 1e-5 * np.eye(len(self.internal))
-        slope = np.array([(of(self.internal + s) - of(self.internal - s)) / 2e-5 for s in steps])
+        slope = np.array([of(self.internal + s) - of(self.internal - s) for s in steps]) / 2e-5
         spread = covariance(self.problem, self.internal, self.y)
-        half = self._t() * float(np.sqrt(slope @ spread @ slope))
+        half = self._t() * np.sqrt(np.einsum("i...,ij,j...->...", slope, spread, slope))
         return value, value - half, value + half
 
     def leave_one_out(self) -> np.ndarray:

@@ -159,11 +159,8 @@ def frontier_figure(
     few = np.geomspace(budgets[0], budgets[-1], 25)
     labels = ("parameters N", "tokens D")
     for which, (axes, label) in enumerate(zip(panels, labels, strict=True)):
-        bands = [
-            fit.derived(lambda p, c=c, w=which: float(np.log(optimal_split(p, c, overhead)[w][0])))
-            for c in few
-        ]
-        value, low, high = np.exp(np.array(bands)).T
+        logs = fit.derived(lambda p, which=which: np.log(optimal_split(p, few, overhead)[which]))
+        value, low, high = map(np.exp, logs)
         axes.fill_between(few, low, high, color=LINES[0], alpha=0.18, linewidth=0)
         axes.plot(few, value, color=LINES[0], linewidth=1.8)
         slope = np.log(value[-1] / value[0]) / np.log(few[-1] / few[0])

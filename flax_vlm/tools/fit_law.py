@@ -65,7 +65,7 @@ def column(table: Columns, spec: str) -> np.ndarray:
     whole, _, name = spec.partition("-") if re.match(r"\d+-", spec) else ("", "", spec)
     values = lookup(table, name, "column")
     if values.dtype.kind != "f":
-        raise ValueError(f"column {name!r} must hold numbers, got {values[0]!r}")
+        raise ValueError(f"column {name!r} must hold numbers, got {str(values[0])!r}")
     return float(whole) - values if whole else values
 
 

@@ -39,7 +39,7 @@ def run(*arguments):
 
 def test_the_tool_fits_predicts_what_is_held_out_and_draws(csv_file, tmp_path):
     done = run(
-        csv_file, "--x=compute", "--y=1-accuracy", "--form=power_floor", "--where=family=a", "--where=text!=other",
+        csv_file, "--x=compute", "--y=1-accuracy", "--form=power_floor", "--where=family=a",
         f"--max_x={C[-3]}", "--predict=1e12,1e13", "--x_unit=GFLOP, forward", f"--out={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
