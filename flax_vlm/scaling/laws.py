@@ -96,7 +96,7 @@ class Law:
     def to_parameters(self, internal: np.ndarray) -> dict[str, float]:
         """Returns {name: value} of internal values [k], in the order of the equation."""
         found = {
-            name: float(v if name in self.exponents else np.exp(v))
+            name: float(v if name in self.exponents else np.exp(min(v, MAX_LOG)))
             for name, v in zip(self.parameters, internal, strict=True)
         }
         return {

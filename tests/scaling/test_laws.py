@@ -211,6 +211,11 @@ def test_what_the_data_do_not_say_is_not_printed():
     assert all(fit("saturating", x, 0.26 * (x + 0.01) ** -0.35 + 0.09).identified.values())
 
 
+def test_an_interval_without_an_end_is_no_overflow():
+    law = LAWS["saturating"]
+    assert law.to_parameters(np.array([1e4, -1e4, 0.3, 0.0]))["a"] > 1e100
+
+
 def test_a_floor_that_is_zero_is_not_identifiable():
     _, x, y = noisy("power", 0.02)
     law = fit("power_floor", x, y)
