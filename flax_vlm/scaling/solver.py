@@ -183,7 +183,7 @@ def polish(problem: Problem, internal: np.ndarray, y: np.ndarray) -> tuple[np.nd
         candidates = [internal, found.x]
     least = min(objective(p) for p in candidates)
     # the last candidate that is as good as the best, to round-off
-    best = [p for p in candidates if objective(p) <= least * (1 + 1e-14)][-1]
+    best = [p for p in candidates if objective(p) <= least * (1 + 1e-12)][-1]
     return best, objective(best)
 
 
