@@ -74,7 +74,7 @@ class Fit:
     @property
     def identified(self) -> dict[str, bool]:
         """{name: do the data say anything of it?}."""
-        return identifiable(self.law, self._internal_interval())
+        return identifiable(self.problem, self.internal, self.y, self._internal_interval())
 
     @property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
