@@ -74,13 +74,14 @@ class Fit:
     @property
     def identified(self) -> dict[str, bool]:
         """{name: do the data say anything of it?}."""
-        return identifiable(self.law, self._internal_interval())
+        return identifiable(self.problem, self.internal, self.y, self._internal_interval())
 
     @property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
         """{name: (low, high)}, None where the parameter is not identifiable."""
         low, high = map(self.law.to_parameters, self._internal_interval())
-        return {n: (low[n], high[n]) if ok else None for n, ok in self.identified.items()}
+        known = self.identified
+        return {name: (low[name], high[name]) if known[name] else None for name in low}
 
     @property
     def residuals(self) -> np.ndarray:
@@ -122,29 +123,55 @@ class Fit:
             return value, value * np.exp(low), value * np.exp(high)
         return value, value + low, value + high
 
-    def derived(self, function: Callable[[dict[str, float]], float]) -> tuple[float, float, float]:
-        """Returns a function of the parameters with its interval: value, low, high.
+    def derived(
+        self, function: Callable[[dict[str, float]], Any]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns numbers that follow from the parameters with their intervals: value, low, high.
 
         Args:
-            function: of {name: value}, smooth.
+            function: {name: value} -> a number or an array, smooth.
         """
 
-        def of(internal: np.ndarray) -> float:
-            return function(self.law.to_parameters(internal))
+        def of(internal: np.ndarray) -> np.ndarray:
+            return np.asarray(function(self.law.to_parameters(internal)), np.float64)
 
         value = of(self.internal)
         if self.samples is not None:
-            low, high = np.quantile([of(sample) for sample in self.samples], self._tails())
-            return value, float(low), float(high)
+            low, high = np.quantile([of(sample) for sample in self.samples], self._tails(), axis=0)
+            return value, low, high
         steps = 1e-5 * np.eye(len(self.internal))
-        slope = np.array([(of(self.internal + s) - of(self.internal - s)) / 2e-5 for s in steps])
+        slope = np.array([of(self.internal + s) - of(self.internal - s) for s in steps]) / 2e-5
         spread = covariance(self.problem, self.internal, self.y)
-        half = self._t() * float(np.sqrt(slope @ spread @ slope))
+        half = self._t() * np.sqrt(np.einsum("i...,ij,j...->...", slope, spread, slope))
         return value, value - half, value + half
 
     def leave_one_out(self) -> np.ndarray:
         """Returns [n]: each point minus the prediction of a fit to the others, in units of y."""
         return leave_one_out(self.problem, self.internal, self.y)
+
+    def held_out(self, x: Data, y: Any) -> list[dict[str, float | bool]]:
+        """Returns what the law says of runs that it was not fitted to, one row per run.
+
+        A row has "measured", "predicted", "low" and "high" (of one more run), "inside", and
+        "missed_by": how far the measured value lies outside of the interval, as a part of the
+        prediction; 0 inside.
+
+        Args:
+            x: as in `predict`.
+            y: [m], measured.
+        """
+        rows = zip(*self.predict(x, new_point=True), np.atleast_1d(y), strict=True)
+        return [
+            {
+                "measured": float(measured),
+                "predicted": float(value),
+                "low": float(low),
+                "high": float(high),
+                "inside": bool(low <= measured <= high),
+                "missed_by": float(max(low - measured, measured - high, 0.0) / value),
+            }
+            for value, low, high, measured in rows
+        ]
 
     def report(self) -> dict[str, Any]:
         """Returns what to print or write as JSON; numbers that mean nothing are left out."""

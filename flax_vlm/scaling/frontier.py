@@ -76,10 +76,11 @@ def frontier_exponents(
         low, high = np.log(optimal_split(parameters, around, overhead)[which])
         return float((high - low) / np.log(around[1] / around[0]))
 
-    return {
+    found = {
         name: fit.derived(lambda p, which=which: slope(which, p))
         for which, name in enumerate(("N", "D"))
     }
+    return {name: tuple(map(float, ends)) for name, ends in found.items()}
 
 
 def iso_compute(

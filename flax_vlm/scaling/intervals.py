@@ -83,19 +83,25 @@ def leave_one_out(problem: Problem, internal: np.ndarray, y: np.ndarray) -> np.n
     return y - np.diagonal(problem.law.evaluate(fits, problem.x)[0])
 
 
-def identifiable(law: Law, intervals: np.ndarray) -> dict[str, bool]:
+def identifiable(
+    problem: Problem, internal: np.ndarray, y: np.ndarray, intervals: np.ndarray
+) -> dict[str, bool]:
     """Returns {parameter: is its interval narrow enough to mean anything?}.
 
+    A floor or an offset that the descent drove to its least value is not identifiable either: zero
+    fits as well.
+
     Args:
-        law: the form.
+        problem: what was minimised.
+        internal: [k] at the minimum.
+        y: [n].
         intervals: [2, k], low and high ends of internal values.
     """
-    width = intervals[1] - intervals[0]
-    most = {True: 2 * LARGEST_EXPONENT_ERROR, False: np.log(LARGEST_FACTOR)}
-    return {
-        name: bool(w <= most[name in law.exponents])
-        for name, w in zip(law.parameters, width, strict=True)
-    }
+    law, least = problem.law, problem.bounds(y)[0]
+    exponent = np.array([name in law.exponents for name in law.parameters])
+    most = np.where(exponent, 2 * LARGEST_EXPONENT_ERROR, np.log(LARGEST_FACTOR))
+    known = (intervals[1] - intervals[0] <= most) & (internal > least + 0.01)
+    return dict(zip(law.parameters, known.tolist(), strict=True))
 
 
 def coverage(

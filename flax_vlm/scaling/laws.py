@@ -20,6 +20,7 @@ here it is one coefficient.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -93,10 +94,13 @@ class Law:
         )
 
     def to_parameters(self, internal: np.ndarray) -> dict[str, float]:
-        """Returns {name: value} of internal values [k]."""
-        return {
-            name: float(v if name in self.exponents else np.exp(v))
+        """Returns {name: value} of internal values [k], in the order of the equation."""
+        found = {
+            name: float(v if name in self.exponents else np.exp(min(v, MAX_LOG)))
             for name, v in zip(self.parameters, internal, strict=True)
+        }
+        return {
+            name: found[name] for name in re.findall(r"[A-Za-z]+", self.equation) if name in found
         }
 
     def basis(self, internal: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@
 Levenberg 1944, Marquardt 1963, with derivatives in closed form and a batch axis: S problems that
 share x and differ in their start, their y or the weights of their points. The bootstrap,
 leave-one-out and synthetic draws are all batches. Huber's loss (Huber 1964) is minimised by
-reweighting inside the same loop and finished by BFGS and Nelder-Mead: it is nearly an absolute
-value, which reweighting approaches slowly.
+reweighting inside the same loop and finished by Nelder-Mead: it is nearly an absolute value, which
+reweighting approaches slowly.
 
     objective = sum_n w_n rho(r_n);  r = ln y - ln f ("log") or y - f ("linear")
     rho(r) = r^2 / 2, or with delta: r^2 / 2 if |r| <= delta, else delta (|r| - delta / 2)
@@ -166,37 +166,24 @@ def _step(
 
 def polish(problem: Problem, internal: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """Returns the internal values [k] and objective of one problem, to the last digits."""
-    ones = np.ones_like(y)
 
     def objective(p: np.ndarray) -> float:
-        return float(problem.objective(problem.residuals(p, y)[0], ones))
+        return float(problem.objective(problem.residuals(p, y)[0], np.ones_like(y)))
 
-    def gradient(p: np.ndarray) -> np.ndarray:
-        residual, jacobian = problem.residuals(p, y)
-        delta = np.inf if problem.delta is None else problem.delta
-        return -(np.clip(residual, -delta, delta)[:, None] * jacobian).sum(0)
-
-    best, low, high = internal, *problem.bounds(y)
+    low, high = problem.bounds(y)
     if problem.delta is None:
         found = optimize.least_squares(
-            lambda p: problem.residuals(p, y)[0], best, lambda p: -problem.residuals(p, y)[1],
+            lambda p: problem.residuals(p, y)[0], internal, lambda p: -problem.residuals(p, y)[1],
             bounds=(low - 1e-9, high + 1e-9), x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15,
         )  # fmt: skip
-        candidates = [best, found.x, _newton(problem, found.x, y, low, high)]
+        candidates = [internal, found.x, _newton(problem, found.x, y, low, high)]
     else:
-        candidates = [best]
-        for _ in range(2):
-            for method, options in (
-                ("Nelder-Mead", dict(xatol=1e-10, fatol=1e-16, maxiter=4000)),
-                ("BFGS", dict(gtol=1e-12)),
-            ):
-                jac = gradient if method == "BFGS" else None
-                found = optimize.minimize(objective, best, method=method, jac=jac, options=options)
-                candidates.append(found.x)
-                best = min(candidates, key=objective)
+        options = dict(xatol=1e-10, fatol=1e-16, maxiter=4000)
+        found = optimize.minimize(objective, internal, method="Nelder-Mead", options=options)
+        candidates = [internal, found.x]
     least = min(objective(p) for p in candidates)
     # the last candidate that is as good as the best, to round-off
-    best = [p for p in candidates if objective(p) <= least * (1 + 1e-14)][-1]
+    best = [p for p in candidates if objective(p) <= least * (1 + 1e-12)][-1]
     return best, objective(best)
 
 

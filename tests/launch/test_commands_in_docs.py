@@ -96,7 +96,9 @@ def test_every_flag_and_config_key_in_a_command_exists(module, arguments, flags_
                 node = node[key]
 
 
-@pytest.mark.parametrize("name", ["docs/scaling_out.md", "docs/running.md", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/scaling_out.md", "docs/running.md", "docs/scaling.md", "README.md"]
+)
 def test_every_file_that_a_document_names_exists(name):
     document = ROOT / name
     text = document.read_text()

@@ -211,10 +211,18 @@ def test_what_the_data_do_not_say_is_not_printed():
     assert all(fit("saturating", x, 0.26 * (x + 0.01) ** -0.35 + 0.09).identified.values())
 
 
-def test_a_floor_that_is_zero_is_not_identifiable():
-    _, x, y = noisy("power", 0.02)
-    law = fit("power_floor", x, y)
-    assert not law.identified["c"] or law.intervals["c"][0] < 0.1
+def test_an_interval_without_an_end_is_no_overflow():
+    law = LAWS["saturating"]
+    assert law.to_parameters(np.array([1e4, -1e4, 0.3, 0.0]))["a"] > 1e100
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_a_floor_and_an_offset_that_are_zero_are_not_identifiable(noise):
+    _, x, y = noisy("power", noise, seed=2)
+    law = fit("saturating", x, y)
+    assert law.identified == {"a": True, "c": False, "b": True, "d": False}
+    assert law.report()["parameters"]["c"] == "not identifiable"
+    assert law.parameters["b"] == pytest.approx(0.11, abs=2 * noise + 1e-6)
 
 
 def test_a_report_states_units_ranges_and_what_is_printed():

@@ -8,6 +8,7 @@ import pytest
 from flax_vlm.models import MODELS, build_siglip, build_vit
 from flax_vlm.models.published import PUBLISHED, count_parameters
 from flax_vlm.models.text_encoder import build_text_encoder
+from flax_vlm.models.two_towers import IMAGE_ENCODERS
 from flax_vlm.nn.norms import LayerNorm
 from flax_vlm.scaling.memory import activation_bytes, parameter_counts
 
@@ -34,12 +35,14 @@ def test_parameters_equal_those_that_are_created_for_every_published_model(name)
         dict(num_registers=4, mask_token=True, layer_scale=1e-5, gated_mlp=True),
         dict(sub_norm=True, qkv_bias="qv", gated_mlp=True, rotary_grid=(7, 7)),
         dict(class_position=False, pre_norm=True, patch_bias=False, num_classes=11),
+        dict(name="naflex_vit", pool="map", norm_eps=1e-5),
         dict(position_embedding="sincos2d", pool="map", embed_dim=30, head_bias=False),
     ],
-    ids=["registers, scale", "EVA-02", "CLIP, classes", "MAP, sincos"],
+    ids=["registers, scale", "EVA-02", "CLIP, classes", "NaFlex", "MAP, sincos"],
 )
 def test_parameters_of_every_field_are_counted(fields):
-    model = build_vit(**VIT, **fields)
+    builder = IMAGE_ENCODERS[fields.get("name", "vit")]
+    model = builder(**VIT, **{key: value for key, value in fields.items() if key != "name"})
     assert parameter_counts(model) == {"encoder": count_parameters(model)}
 
 
