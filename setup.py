@@ -28,6 +28,7 @@ setup(
         "jax>=0.10.2",
         "matplotlib",
         "ml-collections>=1.1",
+        "ml-dtypes",  # bfloat16 of checkpoint files
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -48,6 +49,9 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.12",
+            "safetensors>=0.8",  # parity tests; flax_vlm reads and writes the format itself
+            "torch==2.13.0",
+            "transformers>=5.24",
         ],
         "tpu": ["jax[tpu]>=0.10.2"],
         "wandb": ["wandb"],
