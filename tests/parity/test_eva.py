@@ -48,7 +48,7 @@ OPEN_CLIP = dict(
     model_cfg=dict(
         embed_dim=10,
         vision_cfg=dict(image_size=12, timm_model_name="eva02_tiny_test", timm_pool="token"),
-        text_cfg=dict(context_length=6, vocab_size=50, width=12, heads=3, layers=2),
+        text_cfg=dict(context_length=6, vocab_size=50, width=8, heads=2, layers=2),
         custom_text=True,
     )
 )
@@ -71,11 +71,15 @@ def write_golden(key, folder, config, family):
     return {name: t for name, t in arrays.items() if "/" not in name}
 
 
+def images(stored):
+    return stored.astype(np.float32).transpose(0, 2, 3, 1)
+
+
 def tower_error(key, folder, **changes):
     arrays = write_golden(key, folder, CONFIGS[key], "timm")
     loaded = load_pretrained(folder)
     module = build_changed(loaded.spec, **changes)
-    ours = apply(module, {"params": loaded.params}, arrays["image"].transpose(0, 2, 3, 1))
+    ours = apply(module, {"params": loaded.params}, images(arrays["image"]))
     return max(
         error(ours.tokens, arrays[f"{key}:tokens"]), error(ours.pooled, arrays[f"{key}:pooled"])
     )
@@ -109,7 +113,7 @@ def test_every_wrong_choice_breaks_the_parity(name, tmp_path):
 
 @pytest.fixture
 def tiny_architecture(monkeypatch):
-    fields = {**eva.EVA02, **eva._size(16, 2, 42, 2, 4, 12)}
+    fields = {**eva.EVA02, **eva._size(8, 2, 21, 2, 4, 12)}
     monkeypatch.setitem(eva.ARCHITECTURES, "eva02_tiny_test", fields)
 
 
@@ -118,7 +122,7 @@ def test_eva02_clip_gives_the_numbers_of_open_clip(tiny_architecture, tmp_path):
     loaded = load_pretrained(tmp_path)
     module = build_changed(loaded.spec)
     variables = {"params": loaded.params}
-    image = arrays["square"].transpose(0, 2, 3, 1)
+    image = images(arrays["square"])
     ours = apply(module, variables, image, arrays["text"])
     assert error(ours.image_embedding, arrays["open_clip:image"]) <= TOLERANCE
     assert error(ours.text_embedding, arrays["open_clip:text"]) <= TOLERANCE

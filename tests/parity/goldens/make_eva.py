@@ -14,12 +14,13 @@ import torch
 from timm.models import eva, register_model
 
 SIZES = dict(embed_dim=16, depth=2, num_heads=2, patch_size=4)
+TINY = dict(embed_dim=8, depth=2, num_heads=2, patch_size=4, img_size=12)
 
 
 @register_model
 def eva02_tiny_test(pretrained=False, **kwargs):
     """A tower that open_clip can build by its name."""
-    return timm.create_model("eva02_base_patch16_clip_224", **{**SIZES, **kwargs})
+    return timm.create_model("eva02_base_patch16_clip_224", **{**TINY, **kwargs})
 
 
 def randomise(model, seed=0):
@@ -45,8 +46,8 @@ def half(tensors):
 def main():
     assert hasattr(eva, "Eva")
     rng = np.random.default_rng(0)
-    image = rng.standard_normal((2, 3, 24, 16)).astype(np.float32)
-    square = rng.standard_normal((2, 3, 12, 12)).astype(np.float32)
+    image = rng.standard_normal((2, 3, 24, 16)).astype(np.float16)
+    square = rng.standard_normal((2, 3, 12, 12)).astype(np.float16)
     text = np.array([[47, 5, 6, 49, 0, 0], [47, 3, 9, 8, 7, 49]])
     arrays = dict(image=image, square=square, text=text.astype(np.int32))
     towers = {
@@ -58,16 +59,18 @@ def main():
         tensors = half(model.state_dict())
         model.load_state_dict({n: torch.from_numpy(t).float() for n, t in tensors.items()})
         arrays |= {f"{key}/{n}": t for n, t in tensors.items()}
-        x = torch.from_numpy(image)
+        x = torch.from_numpy(image).float()
         arrays[f"{key}:tokens"] = model.forward_features(x).numpy()
         arrays[f"{key}:pooled"] = model(x).numpy()
     vision = dict(image_size=12, timm_model_name="eva02_tiny_test", timm_pool="token")
-    config = dict(context_length=6, vocab_size=50, width=12, heads=3, layers=2)
+    config = dict(context_length=6, vocab_size=50, width=8, heads=2, layers=2)
     model = randomise(open_clip.CustomTextCLIP(10, {**vision, "timm_proj": None}, config), seed=1)
     tensors = half(model.state_dict())
     model.load_state_dict({n: torch.from_numpy(t).float() for n, t in tensors.items()})
     arrays |= {f"open_clip/{n}": t for n, t in tensors.items()}
-    image_embedding, text_embedding, scale = model(torch.from_numpy(square), torch.from_numpy(text))
+    image_embedding, text_embedding, scale = model(
+        torch.from_numpy(square).float(), torch.from_numpy(text)
+    )
     arrays["open_clip:image"] = image_embedding.numpy()
     arrays["open_clip:text"] = text_embedding.numpy()
     arrays["open_clip:scale"] = scale.numpy()
