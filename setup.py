@@ -29,6 +29,7 @@ setup(
         "matplotlib",
         "ml-dtypes",  # bfloat16 of checkpoint files
         "ml-collections>=1.1",
+        "ml-dtypes",  # bfloat16 of checkpoint files
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

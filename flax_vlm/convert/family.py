@@ -43,6 +43,8 @@ class Family:
         renames: (regular expression, replacement) pairs that turn other names of the same tensors
             into those of the rules.
         ignored: tensors that files may hold besides.
+        config_file: name of the file that `read` is given.
+        weights_file: name of the weights where they are one file.
         resize: how positions are resampled to another grid, a key of positions.RESIZE_METHODS.
     """
 
@@ -52,6 +54,8 @@ class Family:
     rules: Callable[[nn.Module], list[Rule]]
     renames: Sequence[tuple[str, str]] = ()
     ignored: Sequence[Ignored] = (POSITION_IDS,)
+    config_file: str = "config.json"
+    weights_file: str = "model.safetensors"
     resize: str = "bicubic_torch"
 
 

@@ -66,8 +66,7 @@ def read_spec(folder: str | os.PathLike) -> tuple[str, dict[str, Any]]:
 def _inspect(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder, {folder} is none")
-    config = read_json(folder / CONFIG)
-    model_type = config.get("model_type")
+    model_type, config = read_config(folder)
     if model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is a checkpoint of the family {model_type!r}, "
@@ -76,6 +75,19 @@ def _inspect(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, Store
     stored = list_tensors(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     return model_type, FAMILIES[model_type].read(config, shapes), stored
+
+
+def read_config(folder: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
+    """Returns (key of FAMILIES, or what stands in its place, the config) of a folder.
+
+    Raises:
+        ValueError: if there is no config.
+    """
+    foreign = FAMILIES["open_clip"].config_file
+    if not (folder / CONFIG).is_file() and (folder / foreign).is_file():
+        return "open_clip", read_json(folder / foreign)
+    config = read_json(folder / CONFIG)
+    return config.get("model_type", "timm" if "architecture" in config else None), config
 
 
 def load_pretrained(
