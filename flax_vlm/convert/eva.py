@@ -32,8 +32,9 @@ from flax_vlm.convert.rules import (
 from flax_vlm.models.clip import CLIP
 from flax_vlm.models.vit import VisionTransformer
 
-EVA01 = dict(activation="gelu_erf", qkv_bias="qv", norm_eps=1e-6)
+EVA01 = dict(mlp_ratio=6144 / 1408, activation="gelu_erf", qkv_bias="qv", norm_eps=1e-6)
 EVA02 = dict(
+    mlp_ratio=4 * 2 / 3,
     activation="silu",
     gated_mlp=True,
     sub_norm=True,
@@ -44,27 +45,33 @@ EVA02 = dict(
 
 
 def _size(
-    width: int, depth: int, mlp_dim: int, num_heads: int, patch_size: int, image_size: int
+    width: int, depth: int, num_heads: int, patch_size: int, image_size: int
 ) -> dict[str, Any]:
     return dict(
         width=width,
         depth=depth,
-        mlp_dim=mlp_dim,
         num_heads=num_heads,
         patch_size=patch_size,
         image_size=image_size,
     )
 
 
-# Source: timm 1.0.31, models/eva.py
+# Source: timm 1.0.31, models/eva.py. M is int(mlp_ratio D), for other widths too
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "eva_giant_patch14_clip_224": {**EVA01, **_size(1408, 40, 6144, 16, 14, 224)},
-    "eva02_base_patch16_clip_224": {**EVA02, **_size(768, 12, 2048, 12, 16, 224)},
-    "eva02_large_patch14_clip_224": {**EVA02, **_size(1024, 24, 2730, 16, 14, 224)},
-    "eva02_large_patch14_clip_336": {**EVA02, **_size(1024, 24, 2730, 16, 14, 336)},
+    "eva_giant_patch14_clip_224": {**EVA01, **_size(1408, 40, 16, 14, 224)},
+    "eva02_base_patch16_clip_224": {**EVA02, **_size(768, 12, 12, 16, 224)},
+    "eva02_large_patch14_clip_224": {**EVA02, **_size(1024, 24, 16, 14, 224)},
+    "eva02_large_patch14_clip_336": {**EVA02, **_size(1024, 24, 16, 14, 336)},
 }
 # names of timm's arguments: ours
-ARGUMENTS = dict(embed_dim="width", depth="depth", num_heads="num_heads")
+ARGUMENTS = dict(
+    embed_dim="width",
+    depth="depth",
+    num_heads="num_heads",
+    mlp_ratio="mlp_ratio",
+    img_size="image_size",
+    patch_size="patch_size",
+)
 
 
 def vision_fields(name: str, arguments: Config) -> dict[str, Any]:
@@ -79,20 +86,17 @@ def vision_fields(name: str, arguments: Config) -> dict[str, Any]:
     """
     fields = dict(lookup(ARCHITECTURES, name, "architecture (of timm)"))
     for key, value in arguments.items():
-        if key in ("img_size", "patch_size"):
-            fields["image_size" if key == "img_size" else key] = read_size(value)
-        elif key == "mlp_ratio":
-            fields["mlp_dim"] = int(arguments.get("embed_dim", fields["width"]) * value)
-        else:
-            fields[lookup(ARGUMENTS, key, "key of model_args")] = value
-    return fields
+        fields[lookup(ARGUMENTS, key, "key of model_args")] = value
+    fields["mlp_dim"] = int(fields["width"] * fields.pop("mlp_ratio"))
+    sizes = {key: read_size(fields[key]) for key in ("image_size", "patch_size")}
+    return {**fields, **sizes}
 
 
 def _architecture(tower: nn.Module) -> tuple[str, dict[str, Any]]:
     """Returns the architecture that a tower is, or is with other sizes, and those sizes."""
     first = "eva02_base_patch16_clip_224" if tower.gated_mlp else "eva_giant_patch14_clip_224"
-    for name, fields in ARCHITECTURES.items():
-        if all(getattr(tower, key) == value for key, value in fields.items()):
+    for name in ARCHITECTURES:
+        if all(getattr(tower, key) == value for key, value in vision_fields(name, {}).items()):
             return name, {}
     return first, dict(
         embed_dim=tower.width,
