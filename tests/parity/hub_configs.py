@@ -3,7 +3,7 @@
 
 Typed from the models' known architectures, partial as a hub's config.json is where class defaults
 agree; they are not the hub's files. Counts and numbers of tensors: transformers on torch's meta
-device, 5.23 (giant-opt and registers: 5.24).
+device, 5.23 or 5.24. EVA-02 is in goldens/eva_shapes.json.
 """
 
 BASE = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -78,10 +78,28 @@ HUB = {
         590,
     ),
     "google/siglip-base-patch16-224": ("SiglipModel", _siglip({}, {}), 203_155_970, 408),
+    "google/siglip-base-patch16-256": (
+        "SiglipModel",
+        _siglip(dict(image_size=256), {}),
+        203_202_050,
+        408,
+    ),
+    "google/siglip-base-patch16-512": (
+        "SiglipModel",
+        _siglip(dict(image_size=512), {}),
+        203_791_874,
+        408,
+    ),
     "google/siglip-large-patch16-256": (
         "SiglipModel",
         _siglip(dict(image_size=256, **LARGE), LARGE),
         652_150_786,
+        792,
+    ),
+    "google/siglip-large-patch16-384": (
+        "SiglipModel",
+        _siglip(dict(image_size=384, **LARGE), LARGE),
+        652_478_466,
         792,
     ),
     "google/siglip-so400m-patch14-384": (
@@ -96,12 +114,36 @@ HUB = {
         375_187_970,
         408,
     ),
-    "google/siglip2-giant-opt-patch16-256": (
+    "google/siglip2-large-patch16-256": (
+        "SiglipModel",
+        _siglip(dict(image_size=256, **LARGE), dict(vocab_size=GEMMA, **LARGE)),
+        881_526_786,
+        792,
+    ),
+    "google/siglip2-so400m-patch14-384": (
+        "SiglipModel",
+        _siglip(dict(image_size=384, patch_size=14, **SO400M), dict(vocab_size=GEMMA, **SO400M)),
+        1_136_008_498,
+        888,
+    ),
+    "google/siglip2-so400m-patch16-256": (
+        "SiglipModel",
+        _siglip(dict(image_size=256, **SO400M), dict(vocab_size=GEMMA, **SO400M)),
+        1_135_670_962,
+        888,
+    ),
+    "google/siglip2-so400m-patch16-512": (
+        "SiglipModel",
+        _siglip(dict(image_size=512, **SO400M), dict(vocab_size=GEMMA, **SO400M)),
+        1_136_555_698,
+        888,
+    ),
+    "google/siglip2-giant-opt-patch16-384": (
         "SiglipModel",
         _siglip(
-            dict(image_size=256, **G_OPT), dict(vocab_size=GEMMA, projection_size=1536, **SO400M)
+            dict(image_size=384, **G_OPT), dict(vocab_size=GEMMA, projection_size=1536, **SO400M)
         ),
-        1_871_393_906,
+        1_871_885_426,
         1096,
     ),
     "google/siglip2-base-patch16-naflex": (
@@ -124,5 +166,11 @@ HUB = {
         {**_dino(768, 12, 12), "model_type": "dinov2_with_registers"},
         86_583_552,
         224,
+    ),
+    "facebook/dinov2-with-registers-large": (
+        "Dinov2WithRegistersModel",
+        {**_dino(1024, 24, 16), "model_type": "dinov2_with_registers"},
+        304_372_736,
+        440,
     ),
 }
