@@ -17,7 +17,7 @@ from typing import Any
 from flax import linen as nn
 
 from flax_vlm.build import lookup
-from flax_vlm.convert.family import Config, Family, read_size, write_size
+from flax_vlm.convert.family import Config, Family, check_kind, fill, read_size, write_size
 from flax_vlm.convert.layers import attention, conv, dense, fused_attention, mlp, norm
 from flax_vlm.convert.rules import (
     HEADS,
@@ -86,7 +86,9 @@ def vision_fields(name: str, arguments: Config) -> dict[str, Any]:
     """
     fields = dict(lookup(ARCHITECTURES, name, "architecture (of timm)"))
     for key, value in arguments.items():
-        fields[lookup(ARGUMENTS, key, "key of model_args")] = value
+        ours = lookup(ARGUMENTS, key, "key of model_args")
+        check_kind(key, value, fields[ours])
+        fields[ours] = value
     fields["mlp_dim"] = int(fields["width"] * fields.pop("mlp_ratio"))
     sizes = {key: read_size(fields[key]) for key in ("image_size", "patch_size")}
     return {**fields, **sizes}
@@ -110,8 +112,10 @@ def _architecture(tower: nn.Module) -> tuple[str, dict[str, Any]]:
 
 def read_timm(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns the config of our model."""
-    fields = vision_fields(config["architecture"], config.get("model_args") or {})
-    return dict(name="vit", **fields, embed_dim=config.get("num_classes") or None)
+    c = fill(config, dict(architecture="", num_classes=0))
+    fill(config.get("model_args"), {})
+    fields = vision_fields(c["architecture"], config.get("model_args") or {})
+    return dict(name="vit", **fields, embed_dim=c["num_classes"] or None)
 
 
 def write_timm(model: nn.Module) -> dict[str, Any]:
@@ -178,7 +182,9 @@ def tower_rules(tower: nn.Module, tensor: str, leaf: str) -> list[Rule]:
 # Source: open_clip 3.3.0, CLIPTextCfg and constants.py
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
-TEXT_DEFAULTS = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
+TEXT_DEFAULTS = dict(
+    context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0
+)
 
 
 def read_open_clip(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
@@ -187,15 +193,17 @@ def read_open_clip(config: Config, tensors: Mapping[str, Shape]) -> dict[str, An
     Raises:
         ValueError: if the vision tower is not one of timm's EVA.
     """
-    model = config["model_cfg"]
-    vision, text = model["vision_cfg"], {**TEXT_DEFAULTS, **model["text_cfg"]}
-    if "timm_model_name" not in vision:
+    parts = fill(config.get("model_cfg"), dict(embed_dim=512, quick_gelu=False))
+    model = config["model_cfg"] or {}
+    vision, text = model.get("vision_cfg"), fill(model.get("text_cfg"), TEXT_DEFAULTS)
+    name = fill(vision, dict(timm_model_name=""))["timm_model_name"]
+    if not name:
         raise ValueError(
             "of open_clip's models those with an EVA tower of timm are supported, got vision_cfg "
-            f"{sorted(vision)}; other CLIP models are read from folders of transformers"
+            f"{vision}; other CLIP models are read from folders of transformers"
         )
     arguments = {"img_size": vision["image_size"]} if "image_size" in vision else {}
-    fields = vision_fields(vision["timm_model_name"], arguments)
+    fields = vision_fields(name, arguments)
     return dict(
         name="clip",
         image=dict(**fields, name="vit", pre_norm=False, patch_bias=True, head_bias=True),
@@ -204,11 +212,11 @@ def read_open_clip(config: Config, tensors: Mapping[str, Shape]) -> dict[str, An
             length=text["context_length"],
             width=text["width"],
             depth=text["layers"],
-            mlp_dim=int(text["width"] * text.get("mlp_ratio", 4.0)),
+            mlp_dim=int(text["width"] * text["mlp_ratio"]),
             num_heads=text["heads"],
-            activation="quick_gelu" if model.get("quick_gelu") else "gelu_erf",
+            activation="quick_gelu" if parts["quick_gelu"] else "gelu_erf",
         ),
-        embed_dim=model["embed_dim"],
+        embed_dim=parts["embed_dim"],
     )
 
 

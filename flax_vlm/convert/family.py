@@ -63,9 +63,39 @@ def fill(config: Config | None, defaults: Config) -> dict[str, Any]:
     """Returns the defaults, replaced by what the config says; its other keys are left out.
 
     Config files of composite models hold only what differs from the defaults of their class.
+
+    Raises:
+        ValueError: if a value is not of the kind of its default.
     """
+    if not isinstance(config, Mapping | None):
+        raise ValueError(f"a part of a config must be a JSON object, got {config!r}")
     given = config or {}
-    return {key: given.get(key, default) for key, default in defaults.items()}
+    filled = {key: given.get(key, default) for key, default in defaults.items()}
+    for key, value in filled.items():
+        check_kind(key, value, defaults[key])
+    return filled
+
+
+MAY_BE_ZERO = ("eos_token_id", "num_register_tokens", "num_classes")
+MAY_BE_PAIRS = ("image_size", "patch_size", "img_size")
+
+
+def check_kind(key: str, value: Any, default: Any) -> None:
+    """Raises ValueError if a value of a config is not of the kind of its default.
+
+    Numbers must be positive; where the default is None, a positive int or nothing is meant.
+    """
+    if isinstance(default, bool | str):
+        fits, kind = type(value) is type(default), type(default).__name__
+    elif isinstance(default, float):
+        fits, kind = type(value) in (int, float) and value > 0, "positive number"
+    else:
+        sizes = value if isinstance(value, list | tuple) and key in MAY_BE_PAIRS else [value]
+        least = 0 if key in MAY_BE_ZERO else 1
+        fits = len(sizes) in (1, 2) and all(type(size) is int and size >= least for size in sizes)
+        fits, kind = fits or (value is None and default is None), f"int >= {least}"
+    if not fits:
+        raise ValueError(f"{key} of the config must be of the kind {kind}, got {value!r}")
 
 
 def read_activation(name: str) -> str:
@@ -99,8 +129,8 @@ def drops_remainder(image_size: Any, patch_size: Any) -> bool:
     return any(i % p for i, p in zip(as_pair(image_size), as_pair(patch_size), strict=True))
 
 
-def check_value(config: Config, key: str, allowed: Any) -> None:
+def check_value(config: Config | None, key: str, allowed: Any) -> None:
     """Raises ValueError if a key of config.json has a value that no field here stands for."""
-    value = config.get(key, allowed)
+    value = (config or {}).get(key, allowed)
     if value != allowed:
         raise ValueError(f"{key} of config.json must be {allowed!r} here, got {value!r}")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_vlm.build import build
@@ -120,6 +121,7 @@ def load_pretrained(
     where = f"{folder} ({model_type})"
     check_tensors(entries, {n: t.shape for n, t in tensors.items()}, family.ignored, where)
     check_tied(tensors, family.ignored)
+    check_floats({entry.tensor: tensors[entry.tensor].dtype for entry in entries}, where)
     parts: dict[str, list[tuple[Entry, Part]]] = {path: [] for path in flat}
     for entry in entries:
         for part in entry.parts:
@@ -159,3 +161,14 @@ def check_tied(tensors: Mapping[str, StoredTensor], ignored: Sequence[Ignored]) 
             raise ValueError(
                 f"{rule.pattern} must equal {rule.same_as} ({rule.reason}), but they differ"
             )
+
+
+def check_floats(dtypes: Mapping[str, np.dtype], where: str) -> None:
+    """Raises ValueError if parameters are stored as integers: they are quantised, or no weights."""
+    bad = {
+        name: str(dtype) for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, np.floating)
+    }
+    if bad:
+        raise ValueError(
+            f"the weights of {where} must be floats, got {bad}; quantised checkpoints are not read"
+        )

@@ -152,7 +152,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} must hold {path.name}, found none")
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -174,7 +174,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
