@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of other libraries, in and out: families by the `model_type` of their config.json."""
 
-from flax_vlm.convert import blip2_vision, clip, dinov2, eva, siglip, siglip2, vit
+from flax_vlm.convert import big_vision, blip2_vision, clip, dinov2, eva, siglip, siglip2, vit
 from flax_vlm.convert.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -14,4 +14,5 @@ FAMILIES: dict[str, Family] = {
     "blip_2_vision_model": blip2_vision.FAMILY,
     "timm": eva.TIMM,
     "open_clip": eva.OPEN_CLIP,
+    "big_vision": big_vision.FAMILY,
 }

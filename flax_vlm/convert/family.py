@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from flax_vlm.build import lookup
 from flax_vlm.convert.rules import Ignored, Rule, Shape
+from flax_vlm.convert.safetensors_files import StoredTensor, list_tensors
 from flax_vlm.nn.patches import as_pair
 
 Config = Mapping[str, Any]
@@ -46,6 +48,7 @@ class Family:
         config_file: name of the file that `read` is given.
         weights_file: name of the weights where they are one file.
         resize: how positions are resampled to another grid, a key of positions.RESIZE_METHODS.
+        tensors: folder or file -> {tensor name: where it lies}.
     """
 
     models: tuple[type[nn.Module], ...]
@@ -57,6 +60,7 @@ class Family:
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"
     resize: str = "bicubic_torch"
+    tensors: Callable[[pathlib.Path], dict[str, StoredTensor]] = list_tensors
 
 
 def fill(config: Config | None, defaults: Config) -> dict[str, Any]:

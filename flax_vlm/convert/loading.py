@@ -21,6 +21,7 @@ import numpy as np
 
 from flax_vlm.build import build
 from flax_vlm.convert import FAMILIES
+from flax_vlm.convert.big_vision import find_npz
 from flax_vlm.convert.rules import (
     Entry,
     Ignored,
@@ -29,7 +30,7 @@ from flax_vlm.convert.rules import (
     check_tensors,
     expand,
 )
-from flax_vlm.convert.safetensors_files import StoredTensor, list_tensors, read_json, read_tensor
+from flax_vlm.convert.safetensors_files import StoredTensor, read_json, read_tensor
 from flax_vlm.models import MODELS
 from flax_vlm.models.parameter_shapes import parameter_shapes
 from flax_vlm.trees import map_with_path, named_leaves
@@ -65,21 +66,21 @@ def read_spec(folder: str | os.PathLike) -> tuple[str, dict[str, Any]]:
 
 
 def _inspect(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
-    if not folder.is_dir():
-        raise ValueError(f"a checkpoint is a folder, {folder} is none")
+    if not folder.is_dir() and find_npz(folder) is None:
+        raise ValueError(f"a checkpoint is a folder or an .npz file, {folder} is neither")
     model_type, config = read_config(folder)
     if model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is a checkpoint of the family {model_type!r}, "
             f"supported are {sorted(FAMILIES)}"
         )
-    stored = list_tensors(folder)
+    stored = FAMILIES[model_type].tensors(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     return model_type, FAMILIES[model_type].read(config, shapes), stored
 
 
 def read_config(folder: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
-    """Returns (key of FAMILIES, or what stands in its place, the config) of a folder.
+    """Returns (key of FAMILIES, or what stands in its place, the config) of a folder or file.
 
     Raises:
         ValueError: if there is no config.
@@ -87,6 +88,8 @@ def read_config(folder: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
     foreign = FAMILIES["open_clip"].config_file
     if not (folder / CONFIG).is_file() and (folder / foreign).is_file():
         return "open_clip", read_json(folder / foreign)
+    if not (folder / CONFIG).is_file() and find_npz(folder) is not None:
+        return "big_vision", {}
     config = read_json(folder / CONFIG)
     return config.get("model_type", "timm" if "architecture" in config else None), config
 
@@ -100,7 +103,7 @@ def load_pretrained(
     """Returns the model and the parameters of a checkpoint folder.
 
     Args:
-        folder: config.json and safetensors.
+        folder: config.json and safetensors, or an .npz file of big_vision.
         shardings: from the tree of parameter shapes to the tree of their shardings, such as
             `lambda shapes: parameter_shardings(shapes, mesh)`; None puts them on the first device.
         dtype: of the parameters, whatever the file stores.
