@@ -32,6 +32,7 @@ def write_tensors(
     dtype: np.dtype,
     values: Callable[[str], np.ndarray],
     max_shard_bytes: int,
+    single: str = WEIGHTS[0],
 ) -> list[str]:
     """Writes tensors and returns the names of the files.
 
@@ -41,12 +42,13 @@ def write_tensors(
         dtype: of every tensor; one of DTYPES.
         values: returns a tensor by its name; called once for each.
         max_shard_bytes: more than that is cut into shards; a single larger tensor has its own.
+        single: name of the file where there is one.
 
     Raises:
         ValueError: if safetensors has no such dtype.
     """
     shards = _cut(shapes, dtype, max_shard_bytes)
-    names = [WEIGHTS[0]]
+    names = [single]
     if len(shards) > 1:
         names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, tensors in zip(names, shards, strict=True):

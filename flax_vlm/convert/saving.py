@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax_vlm.build import build, lookup
 from flax_vlm.convert import FAMILIES
 from flax_vlm.convert.family import Family
-from flax_vlm.convert.loading import CONFIG, Params
+from flax_vlm.convert.loading import Params
 from flax_vlm.convert.rules import Entry, Part, Shape, expand
 from flax_vlm.convert.safetensors_writer import write_json, write_tensors
 from flax_vlm.models import MODELS
@@ -128,9 +128,9 @@ def save_pretrained(
     if model_type is None:
         model_type, config = find_family(model, shapes)
     else:
-        family = lookup(FAMILIES, model_type, "model_type")
-        config = write_config(model_type, family, model, leaves)
-    entries = expand(FAMILIES[model_type].rules(model), leaves)
+        config = write_config(model_type, lookup(FAMILIES, model_type, "model_type"), model, leaves)
+    family = FAMILIES[model_type]
+    entries = expand(family.rules(model), leaves)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = _Tensors(entries, named_leaves(params), np.dtype(dtype))
@@ -140,8 +140,9 @@ def save_pretrained(
         np.dtype(dtype),
         source.value,
         max_shard_bytes,
+        family.weights_file,
     )
-    write_json(folder / CONFIG, {**config, "dtype": dtype, **(extra_config or {})})
+    write_json(folder / family.config_file, {**config, "dtype": dtype, **(extra_config or {})})
     return model_type
 
 
