@@ -56,5 +56,5 @@ def test_wrong_uses_of_a_loaded_model_are_explained(finished, tmp_path):
         vlm.embed_image([np.zeros((8, 8, 3), np.uint8), b"no image"])
     with pytest.raises(ValueError, match="must hold config.json"):
         flax_vlm.load(tmp_path)
-    with pytest.raises(ValueError, match="needs the workdir of a run"):
+    with pytest.raises(ValueError, match="is no folder here, and the Hugging Face hub did not"):
         flax_vlm.load("google/siglip-base-patch16-224")
