@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from flax_vlm.build import build
@@ -56,7 +57,8 @@ def save_pretrained(
     folder = pathlib.Path(folder)
     check_target(folder)
     spec = vlm.config["model"].to_dict()
-    model_type, _ = find_format(build(MODELS, spec, "model"), model_type or vlm.origin.model_type)
+    model = build(MODELS, spec, "model")
+    model_type, config = find_format(model, model_type or vlm.origin.model_type)
     images = vlm.processor.image_recipe.to_config()
     folder.mkdir(parents=True, exist_ok=True)
     # first, so that an export that was interrupted is known as one
@@ -68,7 +70,7 @@ def save_pretrained(
         model_type=model_type,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        extra_config=_labels(vlm),
+        extra_config=_labels(vlm) | _token_ids(vlm, config),
     )
     write_json(folder / IMAGE_FILE, images)
     surplus = _FORMAT_FILES - {FAMILIES[model_type].config_file, FAMILIES[model_type].weights_file}
@@ -102,3 +104,17 @@ def _labels(vlm: LoadedModel) -> dict[str, Any]:
         return {}
     numbers = {str(i): name for i, name in enumerate(names)}
     return {"id2label": numbers, "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _token_ids(vlm: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the text_config with the tokenizer's ids, where the format leaves them open.
+
+    Nothing is computed from them, but transformers warns of those of its class, which a small
+    vocabulary does not have. CLIP pools where its eos_token_id is: that one is the model's.
+    """
+    text, recipe = config.get("text_config"), vlm.processor.text_recipe
+    if text is None or recipe is None:
+        return {}
+    inner = recipe.tokenizer
+    ids = {"pad": inner.pad_id, "bos": inner.bos_id, "eos": inner.eos_id}
+    return {"text_config": {**{f"{k}_token_id": i for k, i in ids.items()}, **text}}

@@ -18,7 +18,7 @@ TOWER = {"width": 24, "depth": 2, "mlp_dim": 96, "num_heads": 6}
 IMAGE = {"image_size": 30, "patch_size": 10, **TOWER}
 WORDS = [f"a photo of the {word}, number 12" for word in "zero one two cat dog".split()]
 TOKENIZER = train_bpe(WORDS, vocab_size=300, lower=True, multiple=1)
-TEXT = {"name": "text_encoder", "vocab_size": 300, "length": 12, **TOWER}
+TEXT = {"name": "text_encoder", "vocab_size": 300, "length": 36, **TOWER}
 
 SPECS = {
     "siglip": {"name": "siglip", "image": {"name": "vit", **IMAGE}, "text": TEXT},
@@ -64,7 +64,7 @@ def write_folder(folder, family, *, preprocessor=None, tokenizer=True):
     params = jax.tree.map(np.asarray, params)
     save_pretrained(folder, spec, params, model_type=family, extra_config=extra)
     if "text" in spec and tokenizer:
-        TextRecipe(TOKENIZER, length=10, uses_mask=family == "clip").save(folder)
+        TextRecipe(TOKENIZER, length=32, uses_mask=family == "clip").save(folder)
     if preprocessor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder, params

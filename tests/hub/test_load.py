@@ -63,7 +63,7 @@ def test_two_towers_classify_and_embed_texts(name, folders):
     vlm = flax_vlm.load(folders[name])
     names, texts = ["cat", "dog"], ["a photo of a cat.", "a photo of a dog."]
     embedded = vlm.embed_text(texts)
-    assert vlm.processor.texts(texts)["text"].shape == (2, 10), "the tokenizer's length"
+    assert vlm.processor.texts(texts)["text"].shape == (2, 32), "the tokenizer's length"
     logits = vlm.embed_image(IMAGES) @ embedded.T * np.exp(vlm.params["logit_scale"])
     expected = jax.nn.softmax(logits, axis=1)
     np.testing.assert_allclose(vlm.classify(IMAGES, names), expected, atol=1e-5)
@@ -172,7 +172,7 @@ def test_naflex_takes_images_of_one_size_too(folders):
 def test_without_a_tokenizer_only_texts_fail(tmp_path):
     folder, _ = write_folder(tmp_path, "siglip", tokenizer=False)
     vlm = flax_vlm.load(folder)
-    ids = TOKENIZER.encode(["a cat", "a dog"], 12)[0]
+    ids = TOKENIZER.encode(["a cat", "a dog"], 36)[0]
     rows = vlm.processor.image_batch(IMAGES[:2])
     assert vlm.predict("logits", {**rows, "text": ids}).shape == (2, 2)
     with pytest.raises(ValueError, match="its folder has no tokenizer files"):
