@@ -29,7 +29,7 @@ SPECS = {
         "text": {**TEXT, "eos_id": 1},
         "embed_dim": 14,
     },
-    "vit": {"name": "vit", "activation": "gelu_erf", "norm_eps": 1e-12, "num_classes": 3, **IMAGE},
+    "vit": {"name": "vit", "activation": "gelu_erf", "norm_eps": 1e-12, "num_classes": 12, **IMAGE},
     "dinov2_with_registers": {
         "name": "vit",
         "activation": "gelu_erf",
@@ -39,7 +39,8 @@ SPECS = {
         **IMAGE,
     },
 }
-LABELS = {"id2label": {"0": "zero", "1": "one", "2": "cat"}}
+CLASSES = ("zero", "one", "cat", *(f"class {i}" for i in range(3, 12)))
+LABELS = {"id2label": {str(i): name for i, name in enumerate(CLASSES)}}
 
 
 def random_params(spec, seed=0):

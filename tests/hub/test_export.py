@@ -10,7 +10,7 @@ import pytest
 import flax_vlm
 from flax_vlm import trees
 from flax_vlm.hub.loaded_model import Origin
-from tests.hub.folders import SPECS, write_folder
+from tests.hub.folders import CLASSES, SPECS, write_folder
 
 IMAGES = [np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)]
 
@@ -77,7 +77,7 @@ def test_an_earlier_export_is_replaced_without_leftovers_and_without_following_l
     ]  # fmt: skip
     assert not [p for p in out.iterdir() if p.is_symlink()]
     assert contents(elsewhere) == before
-    assert flax_vlm.load(out).class_names == ("zero", "one", "cat")
+    assert flax_vlm.load(out).class_names == CLASSES
 
 
 def test_an_interrupted_export_can_be_repeated(models, tmp_path, monkeypatch):
@@ -116,6 +116,4 @@ def test_the_card_keeps_the_licence_and_tells_the_source(models, tmp_path):
     models["vit"].save_pretrained(tmp_path / "vit")
     card = (tmp_path / "vit" / "README.md").read_text()
     assert "license:" not in card and "None stated" in card and "image-classification" in card
-    assert models["vit"].origin == Origin(
-        models["vit"].origin.name, "vit", None, ("zero", "one", "cat"), {}
-    )
+    assert models["vit"].origin == Origin(models["vit"].origin.name, "vit", None, CLASSES, {})
