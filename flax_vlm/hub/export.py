@@ -62,7 +62,7 @@ def save_pretrained(
     images = vlm.processor.image_recipe.to_config()
     folder.mkdir(parents=True, exist_ok=True)
     # first, so that an export that was interrupted is known as one
-    write_text(folder / CARD, model_card(vlm, license))
+    write_text(folder / CARD, model_card(vlm, model_type, license))
     save_weights(
         folder,
         spec,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_vlm import __version__, trees
@@ -37,35 +37,41 @@ _RECIPE = (
 _DATA = ("name", "split", "options", "image_size", "train_ops", "eval_ops", "text")
 
 
+# model_type of formats that transformers does not read
+_OTHER_LIBRARIES = {"timm": "timm", "open_clip": "open_clip"}
+
+
 def is_export(card: str) -> bool:
     """Returns whether a model card was written here."""
     front = card.split("---", 2)[1] if card.startswith("---") else ""
     return f"\n- {MARK}\n" in front
 
 
-def model_card(vlm: LoadedModel, license: str | None = None) -> str:
+def model_card(vlm: LoadedModel, model_type: str, license: str | None = None) -> str:
     """Returns the card of a model.
 
     Args:
         vlm: the model.
+        model_type: key of FAMILIES, the format that it is written in.
         license: an identifier of the hub, "apache-2.0"; None takes that of the checkpoint that the
             model was loaded from.
     """
     license = license or vlm.origin.license
     parts = [
-        front_matter(vlm, license),
+        front_matter(vlm, model_type, license),
         f"# {_public(vlm.origin.name)}\n",
         _description(vlm),
-        _use(vlm),
+        _use(vlm, model_type),
         _training(vlm) if vlm.step is not None else _conversion(vlm),
         _licence(vlm, license),
     ]
     return "\n".join(parts)
 
 
-def front_matter(vlm: LoadedModel, license: str | None) -> str:
+def front_matter(vlm: LoadedModel, model_type: str, license: str | None) -> str:
     """Returns the YAML block that the hub reads."""
-    lines = ["library_name: transformers", f"pipeline_tag: {_task(vlm)}", "tags:", f"- {MARK}"]
+    library = _OTHER_LIBRARIES.get(model_type, "transformers")
+    lines = [f"library_name: {library}", f"pipeline_tag: {_task(vlm)}", "tags:", f"- {MARK}"]
     base = vlm.config.get("init_from", vlm.origin.name)
     if is_hub_id(base):
         lines += ["base_model:", f"- {base.partition('@')[0]}"]
@@ -130,13 +136,18 @@ _TRANSFORMERS = {
 }
 
 
-def _use(vlm: LoadedModel) -> str:
-    head, *rest = _TRANSFORMERS[_task(vlm)]
-    pixels = 'pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")'
-    return "\n".join(
-        ["## Use", "", "```python", head, "", pixels, *rest, "```", "", "or in JAX, without torch:"]
-        + ["", "```python", "import flax_vlm", "", "vlm = flax_vlm.load(folder)", "```", ""]
-    )
+def _use(vlm: LoadedModel, model_type: str) -> str:
+    ours = ["import flax_vlm", "", "vlm = flax_vlm.load(folder)"]
+    lines = ["## Use", "", *_code(ours)]
+    if model_type not in _OTHER_LIBRARIES:
+        head, *rest = _TRANSFORMERS[_task(vlm)]
+        pixels = 'pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")'
+        lines += ["or with torch:", "", *_code([head, "", pixels, *rest])]
+    return "\n".join(lines)
+
+
+def _code(lines: Sequence[str]) -> list[str]:
+    return ["```python", *lines, "```", ""]
 
 
 def _training(vlm: LoadedModel) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from flax_vlm import trees
 from flax_vlm.build import build
+from flax_vlm.convert import FAMILIES
 from flax_vlm.convert.saving import save_pretrained
 from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.data.text import train_bpe
@@ -39,6 +40,14 @@ SPECS = {
         **IMAGE,
     },
 }
+EVA = dict(embed_dim=16, depth=2, num_heads=2, patch_size=4, img_size=[24, 16])
+OTHER = {  # formats of other libraries, and towers without processors of their own
+    "timm": dict(architecture="eva02_base_patch16_clip_224", num_classes=6, model_args=EVA),
+    "blip_2_vision_model": dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=30, patch_size=10,
+    ),
+}  # fmt: skip
 CLASSES = ("zero", "one", "cat", *(f"class {i}" for i in range(3, 12)))
 LABELS = {"id2label": {str(i): name for i, name in enumerate(CLASSES)}}
 
@@ -60,7 +69,8 @@ def random_params(spec, seed=0):
 
 def write_folder(folder, family, *, preprocessor=None, tokenizer=True):
     """Writes a checkpoint and returns (folder, parameters)."""
-    spec, params = SPECS[family], random_params(SPECS[family])
+    spec = SPECS[family] if family in SPECS else FAMILIES[family].read(OTHER[family], {})
+    params = random_params(spec)
     extra = LABELS if family == "vit" else {}
     params = jax.tree.map(np.asarray, params)
     save_pretrained(folder, spec, params, model_type=family, extra_config=extra)

@@ -159,6 +159,25 @@ def test_bfloat16_halves_the_parameters_and_keeps_the_scale(folders):
     assert 1e-5 < gap < 0.03
 
 
+@pytest.mark.parametrize(
+    ("family", "tokens", "size"),
+    [("timm", 1 + 24, (24, 16)), ("blip_2_vision_model", 10, (30, 30))],
+)
+def test_folders_without_a_preprocessor_are_prepared_at_the_size_of_the_model(
+    family, tokens, size, tmp_path
+):
+    folder, _ = write_folder(tmp_path / "in", family)
+    vlm = flax_vlm.load(folder)
+    assert vlm.image_tokens(IMAGES).shape == (3, tokens, 16)
+    assert vlm.processor.image_recipe.image_size == size
+    np.testing.assert_allclose(vlm.objective.image_mean, [0.48145466, 0.4578275, 0.40821073])
+    assert vlm.save_pretrained(tmp_path / "out") == family
+    again = flax_vlm.load(tmp_path / "out")
+    np.testing.assert_array_equal(again.embed_image(IMAGES), vlm.embed_image(IMAGES))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("transformers" in card) == (family != "timm")
+
+
 def test_naflex_takes_images_of_one_size_too(folders):
     vlm = flax_vlm.load(folders["siglip2"])
     image = Image.fromarray(RNG.integers(0, 256, (20, 40, 3), dtype=np.uint8))
