@@ -11,6 +11,8 @@ import transformers as hf
 from sklearn.datasets import load_sample_images
 
 import flax_vlm
+from configs import siglip_finetune
+from flax_vlm.experiment import Experiment
 from tests.parity import test_tokenizers
 from tests.parity.reference import TOLERANCE, error, randomise
 from tests.parity.test_vit_clip_siglip import SMALL
@@ -132,6 +134,32 @@ def test_attention_maps_are_those_of_transformers(folders):
         wanted = eager(**inputs, output_attentions=True).attentions[-1][:, :, 0, 1:]
     found = np.stack(flax_vlm.load(folder).attention(PHOTOS))
     assert error(found.reshape(2, 3, 16), wanted) <= TOLERANCE
+
+
+def test_adapters_trained_on_a_checkpoint_are_merged_into_it_and_nothing_else_changes(
+    folders, tmp_path
+):
+    folder, model = folders["clip"]
+    config = siglip_finetune.get_config(str(folder))
+    config.unlock()
+    config.steps, config.batch_size = 2, 16
+    config.data.dir, config.evals = str(tmp_path / "digits"), {}
+    config.model.image.image_size = config.data.image_size = 30
+    config.data.train_ops = config.data.eval_ops = ({"name": "resize", "size": 30},)
+    config.optimizer = {"name": "sgd", "lr": 0.5}
+    config.lora = {"rules": (("image/.*/(q|v)/kernel", 2),), "alpha": 4.0}
+    _, done = Experiment.from_config(config).train(tmp_path / "run", show_progress=False)
+    assert done
+    vlm, out = flax_vlm.load(tmp_path / "run"), tmp_path / "out"
+    assert vlm.save_pretrained(out) == "clip"
+    tuned = hf.CLIPModel.from_pretrained(out)
+    before, after = model.state_dict(), tuned.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {
+        f"vision_model.encoder.layers.{i}.self_attn.{x}_proj.weight" for i in (0, 1) for x in "qv"
+    }
+    wanted = reference(out, tuned, TEXTS[:2])
+    assert error(ours(vlm, TEXTS[:2]), wanted.logits_per_image) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
