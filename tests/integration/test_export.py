@@ -44,7 +44,7 @@ def test_a_run_is_exported_with_its_card(finished, tmp_path):
 def test_wrong_exports_are_explained(finished, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for arguments, message in (
-        (["--workdir", finished[0], "--out", tmp_path], "holds ['thesis.tex']"),
+        (["--workdir", finished[0], "--output", tmp_path], "holds ['thesis.tex']"),
         (["--workdir", finished[0], "--out", tmp_path / "x", "--format", "vit"], "it is for"),
         (["--workdir", tmp_path, "--out", tmp_path / "x"], "must hold config.json"),
     ):

@@ -191,3 +191,15 @@ def test_without_lora_the_objective_is_what_it_was():
     assert merge(params, 1.0) == params
     adapters = init_adapters(jax.random.key(0), params, [["q/kernel", 2]])
     assert adapters["q"]["kernel"]["a"].shape == (4, 2)
+
+
+def test_the_random_side_keeps_the_scale_of_its_input():
+    shapes = {
+        "encoder/blocks/attention/q/kernel": (3, 64, 2, 8),
+        "encoder/blocks/attention/o/kernel": (3, 8, 8, 20),
+        "patches/kernel": (4, 4, 4, 30),
+    }
+    params = trees.unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    adapters = trees.named_leaves(init_adapters(jax.random.key(0), params, [[".*", 16]]))
+    for path in shapes:  # all have 64 inputs
+        np.testing.assert_allclose(np.std(adapters[f"{path}/a"]), 64**-0.5, rtol=0.06)
