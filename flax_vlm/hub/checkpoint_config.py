@@ -11,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from flax_vlm.build import build
+from flax_vlm.convert import FAMILIES
+from flax_vlm.convert.family import drops_remainder
 from flax_vlm.convert.loading import read_config, read_spec
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
@@ -60,6 +63,47 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         "objective": {**objective, "image_mean": recipe.mean, "image_std": recipe.std},
         "data": data,
         "evals": {},
+    }
+
+
+def evaluation_config(recipe: Mapping[str, Any], source: str | os.PathLike) -> dict[str, Any]:
+    """Returns a recipe with a checkpoint in the place of its model: what its evaluators then
+    measure.
+
+    Data and evaluators are the recipe's; model, tokenizer, mean, standard deviation and how images
+    are prepared are the checkpoint's. NaFlex sees squares of its own size.
+
+    Args:
+        recipe: the config of a run.
+        source: a folder in the Hugging Face format or a hub id.
+
+    Raises:
+        ValueError: if the checkpoint has neither a text tower nor classes.
+    """
+    found = checkpoint_config(source)
+    if found["objective"]["name"] == ENCODER["name"]:
+        raise ValueError(
+            f"an evaluation needs a text tower or classes, {source} is an image encoder; train a "
+            f"head on it (config.init_from), or use flax_vlm.load"
+        )
+    spec, data = found["model"], found["data"]
+    tower = spec.get("image", spec)
+    size = data.get("image_size", tower["image_size"])
+    ops = data.get("eval_ops", ({"name": "resize", "size": size},))
+    drop = drops_remainder(size, tower["patch_size"])
+    sized = {**tower, "image_size": size, "drop_remainder": drop}
+    text = {**recipe["data"]["text"], **data.get("text", {})}
+    family = FAMILIES[read_spec(find_folder(source))[0]]
+    return {
+        **recipe,
+        "model": {**spec, "image": sized} if "image" in spec else sized,
+        "objective": found["objective"],
+        "data": {**recipe["data"], "image_size": size, "eval_ops": ops, "text": text},
+        "init_from": str(source),
+        "init": {"resize_positions": family.resize},
+        "optimizer": {"name": "sgd", "lr": 0.0},  # nothing is trained: no memory for its state
+        "lora": {},
+        "ema_decay": 0.0,
     }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 import flax_vlm
 from flax_vlm.data.hf_tokenizers import load_tokenizer
-from tests.integration.conftest import program
+from tests.integration.conftest import CONFIG, program
 
 RNG = np.random.default_rng(1)
 IMAGES = [RNG.integers(0, 256, shape, dtype=np.uint8) for shape in [(8, 8), (20, 30, 3)]]
@@ -52,3 +52,20 @@ def test_wrong_exports_are_explained(finished, tmp_path):
         assert done.returncode == 1 and message in done.stderr
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_eval_measures_an_exported_folder_as_the_run_it_came_from(finished, data_dir, tmp_path):
+    assert export("--workdir", finished[0], "--out", tmp_path / "hf").returncode == 0
+    recipe = ["--config", CONFIG, f"--config.data.dir={data_dir}"]
+    folder = ["--checkpoint", tmp_path / "hf", "--workdir", tmp_path / "measured"]
+    done = program("eval.py", *folder, *recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "measured" / "eval" / "0.json").read_text())
+    assert found == json.loads((finished[0] / "eval" / "12.json").read_text())
+    assert f"flax_vlm.load('{tmp_path / 'hf'}')" in done.stdout
+    for arguments, message in (
+        ([*folder[:2], "--workdir", finished[0], *recipe], "holds a run; give another --workdir"),
+        (folder, "--checkpoint and --config belong together"),
+    ):
+        done = program("eval.py", *arguments)
+        assert done.returncode == 1 and message in done.stdout + done.stderr
