@@ -117,3 +117,15 @@ def test_the_card_keeps_the_licence_and_tells_the_source(models, tmp_path):
     card = (tmp_path / "vit" / "README.md").read_text()
     assert "license:" not in card and "None stated" in card and "image-classification" in card
     assert models["vit"].origin == Origin(models["vit"].origin.name, "vit", None, CLASSES, {})
+
+
+def test_the_eos_id_2_of_old_clip_configs_is_not_the_tokenizers(tmp_path):
+    folder, _ = write_folder(tmp_path / "in", "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2  # the largest id is pooled
+    (folder / "config.json").write_text(json.dumps(config))
+    vlm = flax_vlm.load(folder)
+    vlm.save_pretrained(tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["eos_token_id"] == 2 and text["pad_token_id"] == 0
+    assert flax_vlm.load(tmp_path / "out").model.text.eos_id is None
