@@ -25,6 +25,7 @@ setup(
         "array-record",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "matplotlib",
         "ml-collections>=1.1",

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "list_pretrained": "flax_vlm.convert.published_ids",
     "load": "flax_vlm.hub",
+    "save_pretrained": "flax_vlm.hub",
 }
 __all__ = ["__version__", *_PUBLIC]
 

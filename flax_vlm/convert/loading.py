@@ -33,7 +33,7 @@ from flax_vlm.convert.rules import (
 from flax_vlm.convert.safetensors_files import StoredTensor, read_json, read_tensor
 from flax_vlm.models import MODELS
 from flax_vlm.models.parameter_shapes import parameter_shapes
-from flax_vlm.trees import map_with_path, named_leaves
+from flax_vlm.trees import named_leaves, unflatten
 
 Params = dict[str, Any]
 CONFIG = "config.json"
@@ -105,8 +105,10 @@ def load_pretrained(
     Args:
         folder: config.json and safetensors, or an .npz file of big_vision.
         shardings: from the tree of parameter shapes to the tree of their shardings, such as
-            `lambda shapes: parameter_shardings(shapes, mesh)`; None puts them on the first device.
-        dtype: of the parameters, whatever the file stores.
+            `lambda shapes: parameter_shardings(shapes, mesh)`; leaves whose sharding is None are
+            not read. None puts all on the first device.
+        dtype: of the parameters, whatever the file stores; scalars (logit scale and bias) are
+            float32.
 
     Raises:
         ValueError: if the family is unknown, weights are pickles or damaged, or tensors and config
@@ -133,13 +135,17 @@ def load_pretrained(
     with ThreadPoolExecutor(READERS) as pool:
 
         def load(path: str, leaf: Any) -> jax.Array:
-            value = np.empty(leaf.shape, dtype)
+            # the logarithm of the scale loses 3 % of the scale in bfloat16
+            value = np.empty(leaf.shape, dtype if leaf.ndim else np.float32)
             list(pool.map(lambda job: _read_part(tensors, value, *job), parts[path]))
-            if path not in target:
+            if shardings is None:
                 return jax.device_put(value)
             return jax.make_array_from_callback(value.shape, target[path], value.__getitem__)
 
-        return Pretrained(model_type, spec, map_with_path(load, shapes))
+        leaves = named_leaves(shapes)
+        wanted = leaves if shardings is None else target
+        params = unflatten({path: load(path, leaves[path]) for path in wanted})
+        return Pretrained(model_type, spec, params)
 
 
 def _read_part(

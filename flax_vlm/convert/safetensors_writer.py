@@ -94,6 +94,7 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
     with open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
@@ -104,6 +105,12 @@ def _write_file(
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes an object as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, whole or not at all; a link of that name is replaced, not followed."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)

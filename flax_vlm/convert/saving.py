@@ -78,6 +78,24 @@ def find_family(model: nn.Module, shapes: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
+def find_format(model: nn.Module, model_type: str | None) -> tuple[str, dict[str, Any]]:
+    """Returns (model_type, config.json) in which a model is saved.
+
+    Args:
+        model: one of MODELS.
+        model_type: a key of FAMILIES; None finds it.
+
+    Raises:
+        ValueError: if that format, or any, does not hold the model.
+    """
+    shapes = parameter_shapes(model)
+    if model_type is None:
+        return find_family(model, shapes)
+    leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
+    family = lookup(FAMILIES, model_type, "model_type")
+    return model_type, write_config(model_type, family, model, leaves)
+
+
 def write_config(
     model_type: str, family: Family, model: nn.Module, leaves: Mapping[str, Shape]
 ) -> dict[str, Any]:
@@ -125,10 +143,7 @@ def save_pretrained(
     shapes = parameter_shapes(model)
     _check_params(params, shapes)
     leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
-    if model_type is None:
-        model_type, config = find_family(model, shapes)
-    else:
-        config = write_config(model_type, lookup(FAMILIES, model_type, "model_type"), model, leaves)
+    model_type, config = find_format(model, model_type)
     family = FAMILIES[model_type]
     entries = expand(family.rules(model), leaves)
     folder = pathlib.Path(folder)
