@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["flax_vlm", "flax_vlm.*"]),
-    package_data={"flax_vlm": ["**/*.json"]},
+    package_data={"flax_vlm": ["**/*.json", "**/*.csv"]},
     install_requires=[
         "absl-py",
         "filelock",

@@ -9,8 +9,6 @@ alone and evaluation can run in any thread. Texts come from data and are never r
 from __future__ import annotations
 
 import math
-import os
-import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,30 +16,20 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-INK, GRAY, LIGHT = "#1f2430", "#7a808c", "#d5d8de"
+from flax_vlm.figures import DPI as DPI
+from flax_vlm.figures import GRAY, INK, LIGHT, LINES, plain_axes
+from flax_vlm.figures import save_figure as save_figure
+
 WRONG = "#c8102e"
 FRAME = "#e08214"
-LINES = ("#2166ac", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#35978f")
-DPI = 150  # of saved files: figures are sized in inches for text of 8-11 points
 
 # Evaluation metrics that the training curve shows when it is not told which.
 HEADLINES = ("accuracy", "i2t@1", "t2i@1")
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    """Writes a figure as PNG and returns the path; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure)
-    figure.savefig(temporary, format="png", dpi=DPI)
-    os.replace(temporary, path)
-    return path
 
 
 def prediction_grid(
@@ -167,7 +155,7 @@ def training_curve(
     panels[-1].set_ylabel("learning rate")
     panels[-1].set_xlabel("step")
     for panel in panels:
-        _plain(panel)
+        plain_axes(panel)
     panels[-1].set_ylim(bottom=0)
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     panels[-1].yaxis.get_offset_text().set(fontsize=8.5, color=INK)
@@ -305,16 +293,6 @@ def _draw_metrics(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     axes.set_ylabel("evaluation")
     axes.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=INK)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRAY)
-    axes.tick_params(labelsize=8.5, color=GRAY, labelcolor=INK, which="both")
-    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(fontsize=9.5, color=INK)
 
 
 def _enlarged(image: np.ndarray, side: int = 256) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training FLOPs per example in closed form: the numerator of MFU and the x axis of scaling laws.
+"""FLOPs per example in closed form: the numerator of MFU and the x axis of scaling laws.
 
 Conventions, to be stated wherever a number is shown:
 
@@ -9,6 +9,10 @@ Conventions, to be stated wherever a number is shown:
 - the backward pass costs twice the forward pass: a trained tower counts 3 times, a frozen one once;
 - what rematerialisation computes again is not counted, nor are patches that patch dropout drops.
 
+Published tables differ: Cherti et al. 2022 print GMAC (half of these FLOPs) and open_clip GFLOP,
+both with the attention's score and value products and forward alone; Nezhurina et al. 2025 print
+GFLOP without them (`attention=False`), forward alone.
+
 XLA counts a few per cent more on an unrolled model without remat; its count of a scanned model is
 meaningless (the loop's body is counted once). Source: Kaplan et al. 2020,
 arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B.
@@ -16,7 +20,8 @@ arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import linen as nn
 
@@ -30,24 +35,43 @@ PARTS = (*TOWERS, "encoder")  # what can be frozen
 
 
 def encoder_flops(
-    depth: int, width: int, mlp_dim: int, tokens: int, *, gated_mlp: bool = False
+    depth: int,
+    width: int,
+    mlp_dim: int,
+    tokens: int,
+    *,
+    gated_mlp: bool = False,
+    attention: bool = True,
 ) -> int:
     """Returns the forward FLOPs of a transformer encoder on one sequence.
 
     depth * (tokens * 2 * (4 D^2 + 2 D M) + 4 tokens^2 D), with 3 D M where the MLP is gated
+
+    Args:
+        depth: number of blocks.
+        width: D.
+        mlp_dim: M.
+        tokens: length of the sequence.
+        gated_mlp: see nn.mlp.Mlp.
+        attention: count scores and weights times v, the last summand.
     """
     matmuls = tokens * 2 * (4 * width * width + (3 if gated_mlp else 2) * width * mlp_dim)
-    return depth * (matmuls + 4 * tokens * tokens * width)
+    return depth * (matmuls + (4 * tokens * tokens * width if attention else 0))
 
 
-def map_head_flops(width: int, mlp_dim: int, tokens: int) -> int:
+def map_head_flops(width: int, mlp_dim: int, tokens: int, *, attention: bool = True) -> int:
     """Returns the forward FLOPs of a MAP head: all keys and values, and one query."""
     keys_values = 2 * tokens * 2 * width * width
-    return keys_values + 4 * tokens * width + 2 * (2 * width * width + 2 * width * mlp_dim)
+    products = 4 * tokens * width if attention else 0
+    return keys_values + products + 2 * (2 * width * width + 2 * width * mlp_dim)
 
 
 def vision_flops(
-    model: VisionTransformer, image_size: Size | None = None, channels: int = 3
+    model: VisionTransformer,
+    image_size: Size | None = None,
+    channels: int = 3,
+    *,
+    attention: bool = True,
 ) -> int:
     """Returns the forward FLOPs of an image encoder on one image, in a training step.
 
@@ -55,31 +79,107 @@ def vision_flops(
         model: a VisionTransformer or ViTClassifier.
         image_size: pixels; None takes the model's.
         channels: C.
+        attention: count scores and weights times v.
     """
-    size = model.image_size if image_size is None else image_size
-    rows, columns = grid_size(size, model.patch_size, drop_remainder=model.drop_remainder)
     patch_h, patch_w = as_pair(model.patch_size)
-    flops = 2 * rows * columns * patch_h * patch_w * channels * model.width
-    tokens = num_kept(rows * columns, model.patch_dropout) + model.num_prefix
+    patches, tokens = num_tokens(model, image_size)
+    flops = 2 * patches * patch_h * patch_w * channels * model.width
     flops += encoder_flops(
-        model.depth, model.width, model.mlp_dim, tokens, gated_mlp=model.gated_mlp
+        model.depth,
+        model.width,
+        model.mlp_dim,
+        tokens,
+        gated_mlp=model.gated_mlp,
+        attention=attention,
     )
     if model.pooling == "map":
-        flops += map_head_flops(model.width, model.mlp_dim, tokens)
+        flops += map_head_flops(model.width, model.mlp_dim, tokens, attention=attention)
     outputs = model.num_classes if isinstance(model, ViTClassifier) else model.embed_dim or 0
     return flops + 2 * model.width * outputs
 
 
-def text_flops(model: TextEncoder, text_length: int | None = None) -> int:
+def num_tokens(model: VisionTransformer, image_size: Size | None = None) -> tuple[int, int]:
+    """Returns how many patches are embedded and how many tokens the blocks see, in training."""
+    size = model.image_size if image_size is None else image_size
+    rows, columns = grid_size(size, model.patch_size, drop_remainder=model.drop_remainder)
+    return rows * columns, num_kept(rows * columns, model.patch_dropout) + model.num_prefix
+
+
+def text_flops(
+    model: TextEncoder, text_length: int | None = None, *, attention: bool = True
+) -> int:
     """Returns the forward FLOPs of a text encoder on one text.
 
     Args:
         model: a TextEncoder.
         text_length: tokens, padding included; None takes the model's context.
+        attention: count scores and weights times v.
     """
     tokens = model.length if text_length is None else text_length
-    flops = encoder_flops(model.depth, model.width, model.mlp_dim, tokens)
+    flops = encoder_flops(model.depth, model.width, model.mlp_dim, tokens, attention=attention)
     return flops + 2 * model.width * (model.embed_dim or 0)
+
+
+def tower_costs(
+    model: nn.Module,
+    table: Sequence[tuple[type, Callable[..., int]]],
+    image_size: Size | None = None,
+    text_length: int | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    """Returns {tower: cost}, the tower of a single encoder being "encoder".
+
+    Args:
+        model: a model of MODELS, or an encoder.
+        table: (type, function(encoder, its input's size, **options)); the first that fits is taken.
+        image_size: pixels; None takes the model's.
+        text_length: tokens per text; None takes the model's context.
+        **options: of the function.
+
+    Raises:
+        ValueError: for a model that has no formula here.
+    """
+    two = isinstance(model, TwoTowers)
+    towers = {name: getattr(model, name) for name in TOWERS} if two else {"encoder": model}
+    costs = {}
+    for name, tower in towers.items():
+        function = next((f for kind, f in table if isinstance(tower, kind)), None)
+        if function is None:
+            raise ValueError(
+                "there is a formula for vit, text_encoder, clip and siglip, "
+                f"got {type(tower).__name__}"
+            )
+        size = text_length if isinstance(tower, TextEncoder) else image_size
+        costs[name] = function(tower, size, **options)
+    return costs
+
+
+def forward_flops(
+    model: nn.Module,
+    image_size: Size | None = None,
+    text_length: int | None = None,
+    *,
+    attention: bool = True,
+) -> dict[str, int]:
+    """Returns {tower: forward FLOPs of one example}, the tower of a single encoder "encoder".
+
+    Args:
+        model: a VisionTransformer, ViTClassifier, TextEncoder, CLIP or SigLIP.
+        image_size: pixels; None takes the model's.
+        text_length: tokens per text; None takes the model's context.
+        attention: count scores and weights times v; Nezhurina et al. do not.
+
+    Raises:
+        ValueError: for a model that has no formula here.
+    """
+    return tower_costs(model, FLOPS, image_size, text_length, attention=attention)
+
+
+# a new kind of encoder is one more line
+FLOPS: list[tuple[type, Callable[..., int]]] = [
+    (VisionTransformer, vision_flops),
+    (TextEncoder, text_flops),
+]
 
 
 def train_flops_per_example(
@@ -100,22 +200,10 @@ def train_flops_per_example(
     Raises:
         ValueError: for a model that has no formula here, or a part that it does not have.
     """
-    parts = TOWERS if isinstance(model, TwoTowers) else ("encoder",)
-    unknown = [name for name in frozen if name not in parts]
+    forward = forward_flops(model, image_size, text_length)
+    unknown = [name for name in frozen if name not in forward]
     if unknown:
         raise ValueError(
-            f"frozen names parts of a {type(model).__name__} ({list(parts)}), got {unknown}"
+            f"frozen names parts of a {type(model).__name__} ({list(forward)}), got {unknown}"
         )
-    passes = 1 if "encoder" in frozen else 3
-    if isinstance(model, VisionTransformer):
-        return passes * vision_flops(model, image_size)
-    if isinstance(model, TextEncoder):
-        return passes * text_flops(model, text_length)
-    if isinstance(model, TwoTowers):
-        image = vision_flops(model.image, image_size)
-        text = text_flops(model.text, text_length)
-        return image * (1 if "image" in frozen else 3) + text * (1 if "text" in frozen else 3)
-    raise ValueError(
-        "there is a FLOP formula for vit, text_encoder, clip and siglip, "
-        f"got {type(model).__name__}"
-    )
+    return sum(flops * (1 if name in frozen else 3) for name, flops in forward.items())

@@ -43,6 +43,17 @@ def test_the_notebook_on_checkpoints_runs_on_a_folder(data_dir, tmp_path, monkey
     assert "zero_shot/accuracy" in printed and "tokenizer.json" in printed
 
 
+def test_the_scaling_notebook_runs_and_draws_four_figures():
+    notebook = nbformat.read(ROOT / "notebooks" / "04_scaling.ipynb", as_version=4)
+    resources = {"metadata": {"path": ROOT}}
+    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(figures) == 4, "batch sizes, law, isoFLOP, frontier"
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "not identifiable" in printed and "needs at least 4 points, got 3" in printed
+
+
 def test_a_loaded_model_embeds_classifies_and_predicts(finished):
     vlm = flax_vlm.load(finished[0])
     rng = np.random.default_rng(0)

@@ -107,7 +107,14 @@ def test_every_flag_and_config_key_in_a_command_exists(
 
 
 @pytest.mark.parametrize(
-    "name", ["docs/scaling_out.md", "docs/running.md", "docs/checkpoints.md", "README.md"]
+    "name",
+    [
+        "docs/scaling_out.md",
+        "docs/running.md",
+        "docs/checkpoints.md",
+        "docs/scaling.md",
+        "README.md",
+    ],
 )
 def test_every_file_that_a_document_names_exists(name):
     document = ROOT / name
