@@ -25,10 +25,11 @@ setup(
         "array-record",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "matplotlib",
-        "ml-dtypes",  # bfloat16 of checkpoint files
         "ml-collections>=1.1",
+        "ml-dtypes",  # bfloat16 of checkpoint files
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -56,6 +57,7 @@ setup(
             "pytest-xdist",
             "ruff>=0.12",
             "safetensors>=0.8",  # parity tests; flax_vlm reads and writes the format itself
+            "sentencepiece>=0.2",  # trains the small models of the tokenizer tests
             "torch==2.13.0",
             "transformers>=5.24",
         ],

@@ -17,7 +17,7 @@ def defaults() -> ConfigDict:
             "ema_decay": 0.0,  # of the parameters that are evaluated; 0 = off
             "nonfinite": "stop",  # or "skip": leave steps with a NaN out
             "log_every": 10,
-            "init_from": "",  # a workdir whose parameters are the start
+            "init_from": "",  # start from a workdir, a Hugging Face folder or a hub id
             "init": {  # how they fit, flax_vlm/start/plan.py; every mismatch is an error
                 # (there, here) pairs: the source's branch "image" is this model's "" (all of it)
                 "subtrees": (("", ""),),

@@ -24,6 +24,8 @@ KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "image": ("B H W C", ("uint8", "float32")),
     "images": ("B I H W C", ("uint8", "float32")),
     "video": ("B F H W C", ("uint8", "float32")),
+    "patches": ("B P hwC", ("uint8", "float32")),  # packed images of any aspect ratio, NaFlex
+    "spatial_shape": ("B 2", ("int32",)),  # their rows and columns of patches; the rest is padding
     "text": ("B L", ("int32",)),
     "text_mask": ("B L", ("bool",)),  # True = real token
     "loss_mask": ("B L", ("bool",)),  # True = supervised

@@ -27,8 +27,9 @@ from flax_vlm.data.sources import Source
 from flax_vlm.data.text import Tokenizer
 from flax_vlm.evaluation import EVALUATORS, pictures
 from flax_vlm.evaluation.base import Predictor
+from flax_vlm.hub.checkpoint_config import evaluation_config
 from flax_vlm.objectives.base import Extras, Params
-from flax_vlm.program import Config, Program
+from flax_vlm.program import Config, Program, plain
 from flax_vlm.training import metrics, profiling, sharding, workdir
 from flax_vlm.training.checkpoints import CheckpointError, Checkpoints, load_params
 from flax_vlm.training.loop import Evaluation, Loop
@@ -241,3 +242,29 @@ class Experiment(Program):
         files = [pictures.save_figure(curve, folder / "training_curve.png")]
         for file in [*files, *sorted((folder / "eval" / str(step)).rglob("*.png"))]:
             writers.picture(step, f"{file.parent.name}/{file.stem}", file)
+
+
+def evaluate_run(folder: pathlib.Path) -> dict[str, float]:
+    """Evaluates the last checkpoint of a workdir, on the devices that are here."""
+    config = workdir.load_config(folder)
+    run = Experiment.from_config({**config, "mesh": mesh_for_evaluation(config["mesh"])})
+    return run.evaluate_checkpoint(folder)
+
+
+def evaluate_pretrained(recipe: Config, source: str, folder: pathlib.Path) -> dict[str, float]:
+    """Evaluates a Hugging Face folder or hub id with the data and evaluators of a recipe.
+
+    Args:
+        recipe: see hub.checkpoint_config.evaluation_config.
+        source: the folder or hub id.
+        folder: where eval/0.json and the pictures go; holds no other run.
+
+    Raises:
+        ValueError: if the folder is the workdir of a run, or the checkpoint cannot be evaluated.
+    """
+    if workdir.is_workdir(folder):
+        raise ValueError(f"{folder} holds a run; give another --workdir for --checkpoint")
+    config = evaluation_config(plain(recipe), source)
+    run = Experiment.from_config({**config, "mesh": mesh_for_evaluation(config["mesh"])})
+    state = run.init_state()
+    return run.evaluate(state.params, state.extras, 0, folder)

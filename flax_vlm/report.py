@@ -87,8 +87,13 @@ def wrong_key(argv: Sequence[str], error: Exception) -> str:
     return f"a flag could not be read: {error}"
 
 
-def finished(workdir: pathlib.Path) -> str:
-    """Returns the last results of a workdir, its pictures and goodput, and how to load it."""
+def finished(workdir: pathlib.Path, source: str | None = None) -> str:
+    """Returns the last results of a workdir, its pictures and goodput, and how to load it.
+
+    Args:
+        workdir: where the results lie.
+        source: what is loaded; None is the workdir.
+    """
     files = sorted((workdir / "eval").glob("*.json"), key=lambda file: int(file.stem))
     lines = []
     if files:
@@ -105,5 +110,6 @@ def finished(workdir: pathlib.Path) -> str:
             f"goodput {time['goodput']:.1%}: {time['productive']:.0f} s in steps that count, of "
             f"{time['wall']:.0f} s since the first of {time['starts']:.0f} starts"
         )
-    lines += ["load it:", f"  python -c \"import flax_vlm; vlm = flax_vlm.load('{workdir}')\""]
+    command = f"import flax_vlm; vlm = flax_vlm.load('{source or workdir}')"
+    lines += ["load it:", f'  python -c "{command}"']
     return "\n".join(lines)

@@ -120,13 +120,13 @@ def read(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns the config of our model."""
     vision = fill(config.get("vision_config_dict") or config.get("vision_config"), VISION_DEFAULTS)
     text = fill(config.get("text_config_dict") or config.get("text_config"), TEXT_DEFAULTS)
-    check_value(config.get("vision_config") or {}, "num_channels", 3)
+    check_value(config.get("vision_config"), "num_channels", 3)
     eos = text["eos_token_id"]
     return dict(
         name="clip",
         image=vision_fields(vision),
         text={**text_fields(text), "eos_id": None if eos == LARGEST_ID else eos},
-        embed_dim=config.get("projection_dim", PROJECTION_DIM),
+        embed_dim=fill(config, dict(projection_dim=PROJECTION_DIM))["projection_dim"],
     )
 
 

@@ -37,16 +37,16 @@ DEFAULTS = dict(
     hidden_size=768,
     num_hidden_layers=12,
     num_attention_heads=12,
-    mlp_ratio=4,
+    mlp_ratio=4.0,
     hidden_act="gelu",
     layer_norm_eps=1e-6,
     image_size=224,
-    patch_size=14,
     qkv_bias=True,
     layerscale_value=1.0,
     use_swiglu_ffn=False,
     num_register_tokens=4,
 )
+PATCH_SIZE = {False: 14, True: 16}  # the two classes differ: without registers, with them
 
 
 def gated_mlp_dim(width: int, ratio: float) -> int:
@@ -56,7 +56,7 @@ def gated_mlp_dim(width: int, ratio: float) -> int:
 
 def read(config: Config, tensors: Mapping[str, Shape], has_registers: bool) -> dict[str, Any]:
     """Returns the config of our model."""
-    c = fill(config, DEFAULTS)
+    c = fill(config, {**DEFAULTS, "patch_size": PATCH_SIZE[has_registers]})
     check_value(config, "num_channels", 3)
     width, ratio, gated = c["hidden_size"], c["mlp_ratio"], c["use_swiglu_ffn"]
     return dict(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from flax_vlm.build import lookup
 from flax_vlm.convert.rules import Ignored, Rule, Shape
+from flax_vlm.convert.safetensors_files import StoredTensor, list_tensors
 from flax_vlm.nn.patches import as_pair
 
 Config = Mapping[str, Any]
@@ -43,7 +45,10 @@ class Family:
         renames: (regular expression, replacement) pairs that turn other names of the same tensors
             into those of the rules.
         ignored: tensors that files may hold besides.
+        config_file: name of the file that `read` is given.
+        weights_file: name of the weights where they are one file.
         resize: how positions are resampled to another grid, a key of positions.RESIZE_METHODS.
+        tensors: folder or file -> {tensor name: where it lies}.
     """
 
     models: tuple[type[nn.Module], ...]
@@ -52,16 +57,49 @@ class Family:
     rules: Callable[[nn.Module], list[Rule]]
     renames: Sequence[tuple[str, str]] = ()
     ignored: Sequence[Ignored] = (POSITION_IDS,)
+    config_file: str = "config.json"
+    weights_file: str = "model.safetensors"
     resize: str = "bicubic_torch"
+    tensors: Callable[[pathlib.Path], dict[str, StoredTensor]] = list_tensors
 
 
 def fill(config: Config | None, defaults: Config) -> dict[str, Any]:
     """Returns the defaults, replaced by what the config says; its other keys are left out.
 
     Config files of composite models hold only what differs from the defaults of their class.
+
+    Raises:
+        ValueError: if a value is not of the kind of its default.
     """
+    if not isinstance(config, Mapping | None):
+        raise ValueError(f"a part of a config must be a JSON object, got {config!r}")
     given = config or {}
-    return {key: given.get(key, default) for key, default in defaults.items()}
+    filled = {key: given.get(key, default) for key, default in defaults.items()}
+    for key, value in filled.items():
+        check_kind(key, value, defaults[key])
+    return filled
+
+
+MAY_BE_ZERO = ("eos_token_id", "num_register_tokens", "num_classes")
+MAY_BE_PAIRS = ("image_size", "patch_size", "img_size")
+
+
+def check_kind(key: str, value: Any, default: Any) -> None:
+    """Raises ValueError if a value of a config is not of the kind of its default.
+
+    Numbers must be positive; where the default is None, a positive int or nothing is meant.
+    """
+    if isinstance(default, bool | str):
+        fits, kind = type(value) is type(default), type(default).__name__
+    elif isinstance(default, float):
+        fits, kind = type(value) in (int, float) and value > 0, "positive number"
+    else:
+        sizes = value if isinstance(value, list | tuple) and key in MAY_BE_PAIRS else [value]
+        least = 0 if key in MAY_BE_ZERO else 1
+        fits = len(sizes) in (1, 2) and all(type(size) is int and size >= least for size in sizes)
+        fits, kind = fits or (value is None and default is None), f"int >= {least}"
+    if not fits:
+        raise ValueError(f"{key} of the config must be of the kind {kind}, got {value!r}")
 
 
 def read_activation(name: str) -> str:
@@ -95,8 +133,8 @@ def drops_remainder(image_size: Any, patch_size: Any) -> bool:
     return any(i % p for i, p in zip(as_pair(image_size), as_pair(patch_size), strict=True))
 
 
-def check_value(config: Config, key: str, allowed: Any) -> None:
+def check_value(config: Config | None, key: str, allowed: Any) -> None:
     """Raises ValueError if a key of config.json has a value that no field here stands for."""
-    value = config.get(key, allowed)
+    value = (config or {}).get(key, allowed)
     if value != allowed:
         raise ValueError(f"{key} of config.json must be {allowed!r} here, got {value!r}")

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_vlm.build import build
 from flax_vlm.convert import FAMILIES
+from flax_vlm.convert.big_vision import find_npz
 from flax_vlm.convert.rules import (
     Entry,
     Ignored,
@@ -28,10 +30,10 @@ from flax_vlm.convert.rules import (
     check_tensors,
     expand,
 )
-from flax_vlm.convert.safetensors_files import StoredTensor, list_tensors, read_json, read_tensor
+from flax_vlm.convert.safetensors_files import StoredTensor, read_json, read_tensor
 from flax_vlm.models import MODELS
 from flax_vlm.models.parameter_shapes import parameter_shapes
-from flax_vlm.trees import map_with_path, named_leaves
+from flax_vlm.trees import named_leaves, unflatten
 
 Params = dict[str, Any]
 CONFIG = "config.json"
@@ -64,18 +66,32 @@ def read_spec(folder: str | os.PathLike) -> tuple[str, dict[str, Any]]:
 
 
 def _inspect(folder: pathlib.Path) -> tuple[str, dict[str, Any], dict[str, StoredTensor]]:
-    if not folder.is_dir():
-        raise ValueError(f"a checkpoint is a folder, {folder} is none")
-    config = read_json(folder / CONFIG)
-    model_type = config.get("model_type")
+    if not folder.is_dir() and find_npz(folder) is None:
+        raise ValueError(f"a checkpoint is a folder or an .npz file, {folder} is neither")
+    model_type, config = read_config(folder)
     if model_type not in FAMILIES:
         raise ValueError(
             f"{folder} is a checkpoint of the family {model_type!r}, "
             f"supported are {sorted(FAMILIES)}"
         )
-    stored = list_tensors(folder)
+    stored = FAMILIES[model_type].tensors(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     return model_type, FAMILIES[model_type].read(config, shapes), stored
+
+
+def read_config(folder: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
+    """Returns (key of FAMILIES, or what stands in its place, the config) of a folder or file.
+
+    Raises:
+        ValueError: if there is no config.
+    """
+    foreign = FAMILIES["open_clip"].config_file
+    if not (folder / CONFIG).is_file() and (folder / foreign).is_file():
+        return "open_clip", read_json(folder / foreign)
+    if not (folder / CONFIG).is_file() and find_npz(folder) is not None:
+        return "big_vision", {}
+    config = read_json(folder / CONFIG)
+    return config.get("model_type", "timm" if "architecture" in config else None), config
 
 
 def load_pretrained(
@@ -87,10 +103,12 @@ def load_pretrained(
     """Returns the model and the parameters of a checkpoint folder.
 
     Args:
-        folder: config.json and safetensors.
+        folder: config.json and safetensors, or an .npz file of big_vision.
         shardings: from the tree of parameter shapes to the tree of their shardings, such as
-            `lambda shapes: parameter_shardings(shapes, mesh)`; None puts them on the first device.
-        dtype: of the parameters, whatever the file stores.
+            `lambda shapes: parameter_shardings(shapes, mesh)`; leaves whose sharding is None are
+            not read. None puts all on the first device.
+        dtype: of the parameters, whatever the file stores; scalars (logit scale and bias) are
+            float32.
 
     Raises:
         ValueError: if the family is unknown, weights are pickles or damaged, or tensors and config
@@ -108,6 +126,7 @@ def load_pretrained(
     where = f"{folder} ({model_type})"
     check_tensors(entries, {n: t.shape for n, t in tensors.items()}, family.ignored, where)
     check_tied(tensors, family.ignored)
+    check_floats({entry.tensor: tensors[entry.tensor].dtype for entry in entries}, where)
     parts: dict[str, list[tuple[Entry, Part]]] = {path: [] for path in flat}
     for entry in entries:
         for part in entry.parts:
@@ -116,13 +135,17 @@ def load_pretrained(
     with ThreadPoolExecutor(READERS) as pool:
 
         def load(path: str, leaf: Any) -> jax.Array:
-            value = np.empty(leaf.shape, dtype)
+            # the logarithm of the scale loses 3 % of the scale in bfloat16
+            value = np.empty(leaf.shape, dtype if leaf.ndim else np.float32)
             list(pool.map(lambda job: _read_part(tensors, value, *job), parts[path]))
-            if path not in target:
+            if shardings is None:
                 return jax.device_put(value)
             return jax.make_array_from_callback(value.shape, target[path], value.__getitem__)
 
-        return Pretrained(model_type, spec, map_with_path(load, shapes))
+        leaves = named_leaves(shapes)
+        wanted = leaves if shardings is None else target
+        params = unflatten({path: load(path, leaves[path]) for path in wanted})
+        return Pretrained(model_type, spec, params)
 
 
 def _read_part(
@@ -147,3 +170,14 @@ def check_tied(tensors: Mapping[str, StoredTensor], ignored: Sequence[Ignored]) 
             raise ValueError(
                 f"{rule.pattern} must equal {rule.same_as} ({rule.reason}), but they differ"
             )
+
+
+def check_floats(dtypes: Mapping[str, np.dtype], where: str) -> None:
+    """Raises ValueError if parameters are stored as integers: they are quantised, or no weights."""
+    bad = {
+        name: str(dtype) for name, dtype in dtypes.items() if not jnp.issubdtype(dtype, np.floating)
+    }
+    if bad:
+        raise ValueError(
+            f"the weights of {where} must be floats, got {bad}; quantised checkpoints are not read"
+        )

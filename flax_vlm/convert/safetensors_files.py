@@ -49,12 +49,14 @@ class StoredTensor:
         dtype: of the stored values.
         shape: of the tensor.
         offset: of its first byte in the file.
+        by_column: the first axis varies fastest, as Fortran has it; only in .npz files.
     """
 
     path: pathlib.Path
     dtype: np.dtype
     shape: Shape
     offset: int
+    by_column: bool = False
 
 
 def read_tensor(
@@ -70,6 +72,13 @@ def read_tensor(
     Raises:
         ValueError: if the file has been shortened since it was listed.
     """
+    if tensor.by_column:
+        turned = dataclasses.replace(tensor, shape=tensor.shape[::-1], by_column=False)
+        value = read_tensor(turned).transpose()[slice(*(rows or (None,)))]
+        if out is None:
+            return value
+        out[...] = value
+        return out
     start, stop = rows if rows is not None else (0, tensor.shape[0] if tensor.shape else 1)
     shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
     row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
@@ -152,7 +161,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} must hold {path.name}, found none")
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -174,7 +183,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")

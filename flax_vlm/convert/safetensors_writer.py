@@ -32,6 +32,7 @@ def write_tensors(
     dtype: np.dtype,
     values: Callable[[str], np.ndarray],
     max_shard_bytes: int,
+    single: str = WEIGHTS[0],
 ) -> list[str]:
     """Writes tensors and returns the names of the files.
 
@@ -41,12 +42,13 @@ def write_tensors(
         dtype: of every tensor; one of DTYPES.
         values: returns a tensor by its name; called once for each.
         max_shard_bytes: more than that is cut into shards; a single larger tensor has its own.
+        single: name of the file where there is one.
 
     Raises:
         ValueError: if safetensors has no such dtype.
     """
     shards = _cut(shapes, dtype, max_shard_bytes)
-    names = [WEIGHTS[0]]
+    names = [single]
     if len(shards) > 1:
         names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, tensors in zip(names, shards, strict=True):
@@ -92,6 +94,7 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
     with open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
@@ -102,6 +105,12 @@ def _write_file(
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes an object as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, whole or not at all; a link of that name is replaced, not followed."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)

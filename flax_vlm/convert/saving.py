@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax_vlm.build import build, lookup
 from flax_vlm.convert import FAMILIES
 from flax_vlm.convert.family import Family
-from flax_vlm.convert.loading import CONFIG, Params
+from flax_vlm.convert.loading import Params
 from flax_vlm.convert.rules import Entry, Part, Shape, expand
 from flax_vlm.convert.safetensors_writer import write_json, write_tensors
 from flax_vlm.models import MODELS
@@ -78,6 +78,24 @@ def find_family(model: nn.Module, shapes: Any) -> tuple[str, dict[str, Any]]:
     )
 
 
+def find_format(model: nn.Module, model_type: str | None) -> tuple[str, dict[str, Any]]:
+    """Returns (model_type, config.json) in which a model is saved.
+
+    Args:
+        model: one of MODELS.
+        model_type: a key of FAMILIES; None finds it.
+
+    Raises:
+        ValueError: if that format, or any, does not hold the model.
+    """
+    shapes = parameter_shapes(model)
+    if model_type is None:
+        return find_family(model, shapes)
+    leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
+    family = lookup(FAMILIES, model_type, "model_type")
+    return model_type, write_config(model_type, family, model, leaves)
+
+
 def write_config(
     model_type: str, family: Family, model: nn.Module, leaves: Mapping[str, Shape]
 ) -> dict[str, Any]:
@@ -125,12 +143,9 @@ def save_pretrained(
     shapes = parameter_shapes(model)
     _check_params(params, shapes)
     leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
-    if model_type is None:
-        model_type, config = find_family(model, shapes)
-    else:
-        family = lookup(FAMILIES, model_type, "model_type")
-        config = write_config(model_type, family, model, leaves)
-    entries = expand(FAMILIES[model_type].rules(model), leaves)
+    model_type, config = find_format(model, model_type)
+    family = FAMILIES[model_type]
+    entries = expand(family.rules(model), leaves)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source = _Tensors(entries, named_leaves(params), np.dtype(dtype))
@@ -140,8 +155,9 @@ def save_pretrained(
         np.dtype(dtype),
         source.value,
         max_shard_bytes,
+        family.weights_file,
     )
-    write_json(folder / CONFIG, {**config, "dtype": dtype, **(extra_config or {})})
+    write_json(folder / family.config_file, {**config, "dtype": dtype, **(extra_config or {})})
     return model_type
 
 

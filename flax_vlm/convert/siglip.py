@@ -49,7 +49,7 @@ def read_text(config: Config | None) -> dict[str, Any]:
 
 def read(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns the config of our model."""
-    given = config.get("vision_config") or {}
+    given = config.get("vision_config")
     vision = fill(given, VISION_DEFAULTS)
     check_value(given, "num_channels", 3)
     check_value(given, "vision_use_head", True)

@@ -25,14 +25,14 @@ NUM_PATCHES = 256  # default of Siglip2VisionConfig; the positions are a square 
 
 def read(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns the config of our model."""
-    given = config.get("vision_config") or {}
+    given = config.get("vision_config")
+    vision = fill(given, dict(VISION_DEFAULTS, num_patches=NUM_PATCHES))
     check_value(given, "num_channels", 3)
     check_value(given, "vision_use_head", True)
-    count = given.get("num_patches", NUM_PATCHES)
+    count = vision["num_patches"]
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(f"num_patches of config.json must be a square, got {count}")
-    vision = fill(given, VISION_DEFAULTS)
     vision["image_size"] = tuple(side * p for p in as_pair(vision["patch_size"]))
     text = read_text(config.get("text_config"))
     return dict(

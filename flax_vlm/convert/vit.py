@@ -82,11 +82,12 @@ def read(config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     )
     if "classifier.weight" in tensors:
         # class names are kept by their number; without names there are two, as in transformers
+        fill(config.get("id2label"), {})
         return {**spec, "num_classes": len(config.get("id2label") or "ab")}
     if "pooler.dense.weight" in tensors:
         check_value(config, "pooler_act", "tanh")
-        width = config.get("pooler_output_size") or c["hidden_size"]
-        return {**spec, "embed_dim": width, "head_tanh": True}
+        width = fill(config, dict(pooler_output_size=None))["pooler_output_size"]
+        return {**spec, "embed_dim": width or c["hidden_size"], "head_tanh": True}
     return spec
 
 

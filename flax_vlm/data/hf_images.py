@@ -74,6 +74,7 @@ OF_MODEL: dict[str, str] = {
     "dinov2": "BitImageProcessor",
     "dinov2_with_registers": "BitImageProcessor",
     "blip-2": "BlipImageProcessor",
+    "blip_2": "BlipImageProcessor",  # its vision tower alone
 }
 _KIND_OF = {int(resampling): kind for kind, resampling in KINDS.items()}
 

@@ -69,8 +69,9 @@ class TextRecipe:
         }
         inner.save(folder / FILE)
         for name, content in ((CONFIG, config), (SPECIAL, special)):
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (folder / name).write_text(text, encoding="utf-8")
+            unfinished = folder / f"{name}.part"
+            unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+            os.replace(unfinished, folder / name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from flax_vlm.data.images import IMAGE_OPS, pair
 from flax_vlm.data.pipeline import Preprocess
 from flax_vlm.data.sources import Source
 from flax_vlm.data.text import Tokenizer, byte_level, train_bpe
+from flax_vlm.snapshots import find_folder
 
 # Captions that a tokenizer is trained on, spread over the source.
 _MAX_CAPTIONS = 20_000
@@ -23,7 +24,7 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
     Args:
         text: `data.text`: tokenizer "bpe" (trained on the captions), "byte", "file" (`path` of a
             tokenizer.json) or "pretrained" (`path` of a checkpoint folder in the Hugging Face
-            format); vocab_size, lower, bos.
+            format, or a hub id); vocab_size, lower, bos.
         source: opens the source of captions; called only where one is trained.
 
     Raises:
@@ -43,7 +44,7 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
         return Tokenizer.load(path)
 
     def pretrained(path: str) -> Tokenizer:
-        return load_tokenizer(path).tokenizer
+        return load_tokenizer(find_folder(path)).tokenizer
 
     table = {"bpe": bpe, "byte": byte, "file": file, "pretrained": pretrained}
     has_path = text["tokenizer"] in ("file", "pretrained")

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from flax_vlm.data.pipeline import Dataset, Preprocess
     from flax_vlm.objectives.base import Extras, Params, PredictFn
 
+IMAGE_KEYS = ("image", "images", "video", "patches", "spatial_shape")
 # The batch keys that a prediction reads; a name that is not listed here gets all keys. It saves the
 # transfer, and lets a batch of prompts and a batch of examples share one compiled text encoder.
 INPUTS: dict[str, tuple[str, ...]] = {
-    "image_embedding": ("image", "images", "video"),
-    "image_tokens": ("image", "images", "video"),
+    "image_embedding": IMAGE_KEYS,
+    "image_tokens": IMAGE_KEYS,
+    "attention": IMAGE_KEYS,
     "text_embedding": ("text", "text_mask"),
 }
 

@@ -81,8 +81,9 @@ def similarity_matrix(
     *,
     title: str = "",
     positives: np.ndarray | None = None,
+    note: str = "framed: true pairs",
 ) -> Figure:
-    """Returns the heat map of captions (lines) by images (columns), the right pairs framed.
+    """Returns the heat map of captions (lines) by images (columns), with pairs framed.
 
     Args:
         images: [H, W, C] uint8 each.
@@ -90,6 +91,7 @@ def similarity_matrix(
         similarity: [images, captions] float.
         title: above the picture.
         positives: [images, captions] bool, pairs to frame; None frames the diagonal.
+        note: what the frames mean.
     """
     values = np.asarray(similarity, np.float64).T  # [captions, images]
     lines, columns = values.shape
@@ -118,7 +120,6 @@ def similarity_matrix(
     )
     top = 1 - 0.28 / height
     figure.text(0.16 / width, top, title, color=INK, fontsize=11, va="center", parse_math=False)
-    note = "framed: true pairs"
     figure.text(0.16 / width, top - 0.27 / height, note, color=FRAME, fontsize=9, va="center")
     return figure
 

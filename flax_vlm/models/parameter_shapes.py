@@ -18,7 +18,8 @@ def example_inputs(model: nn.Module) -> list[jax.ShapeDtypeStruct]:
     size = as_pair(image_tower.image_size)
     inputs = [jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)]
     if hasattr(model, "text"):
-        inputs.append(jax.ShapeDtypeStruct((1, model.text.length), jnp.int32))
+        length = (1, model.text.length)
+        inputs += [jax.ShapeDtypeStruct(length, jnp.int32), jax.ShapeDtypeStruct(length, bool)]
     return inputs
 
 

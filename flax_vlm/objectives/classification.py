@@ -14,14 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_vlm.batch import normalize_image
 from flax_vlm.build import lookup
 from flax_vlm.losses.classification import (
     sigmoid_classification_loss,
     softmax_classification_loss,
 )
 from flax_vlm.meters import Mean
+from flax_vlm.nn.norms import l2_normalize
 from flax_vlm.objectives.base import Aux, Batch, Extras, Params, PredictFn
+from flax_vlm.objectives.inputs import image_input
 
 CLASS_LOSSES = {"softmax": softmax_classification_loss, "sigmoid": sigmoid_classification_loss}
 
@@ -54,13 +55,20 @@ class Classification:
 
     @property
     def predictions(self) -> Mapping[str, PredictFn]:
-        """Functions of (params, extras, batch); logits are [B, classes] float32."""
+        """Functions of (params, extras, batch); logits are [B, classes] float32, the embedding is
+        what the head sees, [B, D] float32, unit norm.
+        """
+
+        def encoded(params: Params, batch: Batch) -> Any:
+            return self.model.apply({"params": params}, self._image(batch), method="encode")
+
         return {
             "logits": lambda params, extras, batch: self.model.apply(
                 {"params": params}, self._image(batch)
             ),
-            "image_tokens": lambda params, extras, batch: (
-                self.model.apply({"params": params}, self._image(batch), method="encode").tokens
+            "image_tokens": lambda params, extras, batch: encoded(params, batch).tokens,
+            "image_embedding": lambda params, extras, batch: l2_normalize(
+                encoded(params, batch).pooled
             ),
         }
 
@@ -91,4 +99,4 @@ class Classification:
         return extras
 
     def _image(self, batch: Batch) -> jax.Array:
-        return normalize_image(batch["image"], self.image_mean, self.image_std)
+        return image_input(batch, self.image_mean, self.image_std)

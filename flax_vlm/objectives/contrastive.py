@@ -19,12 +19,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from flax_vlm.batch import join_micro_batches, normalize_image, split_micro_batches
+from flax_vlm.batch import join_micro_batches, split_micro_batches
 from flax_vlm.build import build
 from flax_vlm.losses import LOSSES
 from flax_vlm.losses.pairs import Pairs
 from flax_vlm.meters import Mean
 from flax_vlm.objectives.base import Aux, Batch, Extras, Params, PredictFn
+from flax_vlm.objectives.inputs import image_input
+
+# what the model is given of a batch
+_MODEL_KEYS = ("image", "patches", "spatial_shape", "text", "text_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +104,8 @@ class Contrastive:
     def _apply(self, params: Params, *args: Any, method: str, **kwargs: Any) -> Any:
         return self.model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def _image(self, batch: Batch) -> jax.Array:
-        return normalize_image(batch["image"], self.image_mean, self.image_std)
+    def _image(self, batch: Batch) -> Any:
+        return image_input(batch, self.image_mean, self.image_std)
 
     def _logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
         """Returns the logits of every image against every text of the batch, [B, B] float32."""
@@ -116,7 +120,7 @@ class Contrastive:
         count = self.micro_batches
         if count == 1:
             return self._encode(params, batch, rng, train)
-        inputs = {key: batch[key] for key in ("image", "text", "text_mask") if key in batch}
+        inputs = {key: batch[key] for key in _MODEL_KEYS if key in batch}
 
         @jax.checkpoint
         def encode(rows: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:

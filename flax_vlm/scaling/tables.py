@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -49,6 +50,36 @@ def _column(cells: list[str]) -> np.ndarray:
         return np.array([float(cell) if cell.strip() else np.nan for cell in cells])
     except ValueError:
         return np.array(cells)
+
+
+def column(table: Columns, spec: str) -> np.ndarray:
+    """Returns a column of numbers, or a number minus it: "error", "1-accuracy".
+
+    Raises:
+        ValueError: if there is no such column, or it holds words.
+    """
+    whole, _, name = spec.partition("-") if re.match(r"\d+-", spec) else ("", "", spec)
+    values = lookup(table, name, "column")
+    if values.dtype.kind != "f":
+        raise ValueError(f"column {name!r} must hold numbers, got {str(values[0])!r}")
+    return float(whole) - values if whole else values
+
+
+def keep_rows(table: Columns, rules: Iterable[str]) -> Columns:
+    """Returns the rows that every rule holds for: "family=clip", "family!=clip".
+
+    Raises:
+        ValueError: for a rule without "=", or a column that is not there.
+    """
+    for rule in rules:
+        found = re.fullmatch(r"(.+?)(!?=)(.*)", rule)
+        if not found:
+            raise ValueError(f"a rule is COLUMN=VALUE or COLUMN!=VALUE, got {rule!r}")
+        name, equals, value = found.groups()
+        cells = lookup(table, name, "column")
+        kept = (cells == (float(value) if cells.dtype.kind == "f" else value)) == (equals == "=")
+        table = {key: values[kept] for key, values in table.items()}
+    return table
 
 
 def fact_names() -> list[str]:

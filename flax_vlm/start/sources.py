@@ -15,11 +15,14 @@ from jax.sharding import NamedSharding
 
 from flax_vlm import trees
 from flax_vlm.build import build
+from flax_vlm.convert.loading import load_pretrained, read_spec
 from flax_vlm.models import MODELS
+from flax_vlm.models.parameter_shapes import parameter_shapes as model_shapes
 from flax_vlm.objectives.lora import ADAPTERS, merge
+from flax_vlm.snapshots import find_folder
 from flax_vlm.training.checkpoints import load_params, parameter_shapes
 from flax_vlm.training.sharding import replicated
-from flax_vlm.training.workdir import load_config
+from flax_vlm.training.workdir import is_workdir, load_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -87,12 +90,49 @@ class RunSource:
         return trees.named_leaves(params)
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainedSource:
+    """A checkpoint folder in the Hugging Face format.
+
+    Attributes:
+        folder: config.json and safetensors.
+    """
+
+    folder: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The model that its config.json describes."""
+        return build(MODELS, read_spec(self.folder)[1], "model")
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """Of the parameters of the model; loading checks that the files hold them."""
+        found = trees.named_leaves(model_shapes(self.model))
+        return {path: tuple(leaf.shape) for path, leaf in found.items()}
+
+    def load(self, places: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+        """Returns {path: parameter}; only what is asked for is read, leaf by leaf."""
+
+        def onto(shapes: Any) -> Any:
+            return trees.map_with_path(lambda path, _: places.get(path), shapes)
+
+        return trees.named_leaves(load_pretrained(self.folder, shardings=onto).params)
+
+
 def open_source(path: str) -> Source:
-    """Returns the parameters of a workdir of train.py.
+    """Returns the parameters of a workdir of train.py, or of a folder in the Hugging Face format.
+
+    Args:
+        path: a folder, or a hub id, which is downloaded.
 
     Raises:
-        ValueError: if there is no such workdir.
+        ValueError: if it is neither; if the hub does not give it.
     """
-    source = RunSource(pathlib.Path(path))
-    load_config(source.folder)  # raises
-    return source
+    folder = find_folder(path)
+    return RunSource(folder) if is_workdir(folder) else PretrainedSource(folder)

@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import sys
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from flax_vlm.build import lookup
 from flax_vlm.figures import save_figure
 from flax_vlm.scaling.fitting import Fit, fit
 from flax_vlm.scaling.laws import LAWS, Law
 from flax_vlm.scaling.plots import law_figure
 from flax_vlm.scaling.selection import binned_minimum, improving_bins, pareto_front
-from flax_vlm.scaling.tables import Columns, read_columns
+from flax_vlm.scaling.tables import column, keep_rows, read_columns
 
 flags.DEFINE_string("x", None, "Column, or VARIABLE=COLUMN,... for a law of several variables.")
 flags.DEFINE_string("y", None, "Column, or 1-COLUMN.")
@@ -56,19 +54,6 @@ SELECTIONS = {
 }
 
 
-def column(table: Columns, spec: str) -> np.ndarray:
-    """Returns a column of numbers, or a number minus it: "error", "1-accuracy".
-
-    Raises:
-        ValueError: if there is no such column, or it holds words.
-    """
-    whole, _, name = spec.partition("-") if re.match(r"\d+-", spec) else ("", "", spec)
-    values = lookup(table, name, "column")
-    if values.dtype.kind != "f":
-        raise ValueError(f"column {name!r} must hold numbers, got {str(values[0])!r}")
-    return float(whole) - values if whole else values
-
-
 def load_points(
     path: str, law: Law, x: str, y: str, where: list[str]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -77,15 +62,7 @@ def load_points(
     Raises:
         ValueError: if columns are missing or named wrongly.
     """
-    table = read_columns(path)
-    for rule in where:
-        found = re.fullmatch(r"(.+?)(!?=)(.*)", rule)
-        if not found:
-            raise ValueError(f"--where is COLUMN=VALUE or COLUMN!=VALUE, got {rule!r}")
-        name, equals, value = found.groups()
-        cells = lookup(table, name, "column")
-        kept = (cells == (float(value) if cells.dtype.kind == "f" else value)) == (equals == "=")
-        table = {key: values[kept] for key, values in table.items()}
+    table = keep_rows(read_columns(path), where)
     named = dict(pair.split("=") for pair in x.split(",")) if "=" in x else {law.variables[0]: x}
     if set(named) != set(law.variables):
         raise ValueError(f"{law.equation} takes {list(law.variables)}, got --x={x}")

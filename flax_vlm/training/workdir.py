@@ -61,6 +61,18 @@ def load_config(workdir: pathlib.Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def is_workdir(folder: pathlib.Path) -> bool:
+    """Returns whether train.py wrote a folder: its config.json has an objective."""
+    file = pathlib.Path(folder) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "objective" in found
+
+
 def history(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl, then one row per evaluation with keys "eval/..."."""
     rows = read_metrics(workdir / "metrics.jsonl")

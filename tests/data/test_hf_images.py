@@ -43,6 +43,8 @@ def run(recipe, image=IMAGE):
             "crop_size": {"height": 224, "width": 224},
             "resample": 3,
             "do_convert_rgb": None,
+            "image_mean": None,
+            "do_center_crop": None,
             "data_format": "channels_first",
         },
     ],

@@ -28,7 +28,13 @@ def test_there_are_imagenets_1000_names_in_the_order_of_its_labels():
     names = CLASS_NAMES["imagenet"]
     assert len(names) == 1000
     assert all(name == name.strip() and name and "," not in name for name in names)
-    known = {0: "tench", 207: "Golden Retriever", 281: "tabby cat", 999: "toilet paper"}
+    known = {
+        0: "tench",
+        1: "goldfish",
+        207: "Golden Retriever",
+        281: "tabby cat",
+        999: "toilet paper",
+    }
     assert {label: names[label] for label in known} == known
     twice = sorted({name for name in names if names.count(name) > 1})
     assert twice == ["missile", "sunglasses"]  # as CLIP has them

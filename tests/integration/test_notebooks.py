@@ -1,28 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """The notebooks run from top to bottom, on a tiny model."""
 
+import re
+
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 
 import flax_vlm
+from tests.hub.folders import write_folder
 from tests.integration.conftest import ROOT
+
+
+def run(name):
+    """Returns the executed notebook and its PNG pictures."""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": ROOT}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    return "".join(o.get("text", "") for o in outputs), pictures
 
 
 def test_the_quickstart_notebook_runs(finished, data_dir, monkeypatch):
     monkeypatch.setenv("FLAX_VLM_WORKDIR", str(finished[0]))
     monkeypatch.setenv("FLAX_VLM_DATA_DIR", data_dir)
-    notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": ROOT}})
-    client.execute()
-    figures = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(figures) == 3, "predictions, similarity, attention"
+    _, pictures = run("01_quickstart.ipynb")
+    assert len(pictures) == 3, "predictions, similarity, attention"
+
+
+def test_the_notebook_on_checkpoints_runs_on_a_folder(data_dir, tmp_path, monkeypatch):
+    folder, _ = write_folder(tmp_path, "siglip")
+    monkeypatch.setenv("FLAX_VLM_CHECKPOINT", str(folder))
+    monkeypatch.setenv("FLAX_VLM_DATA_DIR", data_dir)
+    monkeypatch.setenv("FLAX_VLM_STEPS", "2")
+    printed, pictures = run("02_load_any_checkpoint.ipynb")
+    assert len(pictures) == 4, "predictions, retrieval, attention, components"
+    found = re.search(r"largest difference (\S+) of (\S+)", printed)
+    difference, largest = map(float, found.groups())
+    assert difference <= 2e-5 * max(1, largest)
+    assert "zero_shot/accuracy" in printed and "tokenizer.json" in printed
 
 
 def test_the_scaling_notebook_runs_and_draws_four_figures():
@@ -67,5 +85,5 @@ def test_wrong_uses_of_a_loaded_model_are_explained(finished, tmp_path):
         vlm.embed_image([np.zeros((8, 8, 3), np.uint8), b"no image"])
     with pytest.raises(ValueError, match="must hold config.json"):
         flax_vlm.load(tmp_path)
-    with pytest.raises(ValueError, match="needs the workdir of a run"):
+    with pytest.raises(ValueError, match="is no folder here, and the Hugging Face hub did not"):
         flax_vlm.load("google/siglip-base-patch16-224")

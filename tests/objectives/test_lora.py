@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +194,39 @@ def test_without_lora_the_objective_is_what_it_was():
     assert merge(params, 1.0) == params
     adapters = init_adapters(jax.random.key(0), params, [["q/kernel", 2]])
     assert adapters["q"]["kernel"]["a"].shape == (4, 2)
+
+
+def test_the_random_side_keeps_the_scale_of_its_input():
+    shapes = {
+        "encoder/blocks/attention/q/kernel": (3, 64, 2, 8),
+        "encoder/blocks/attention/o/kernel": (3, 8, 8, 20),
+        "patches/kernel": (4, 4, 4, 30),
+    }
+    params = trees.unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    adapters = trees.named_leaves(init_adapters(jax.random.key(0), params, [[".*", 16]]))
+    for path in shapes:  # all have 64 inputs
+        np.testing.assert_allclose(np.std(adapters[f"{path}/a"]), 64**-0.5, rtol=0.06)
+
+
+def test_the_first_rule_that_matches_gives_the_rank():
+    params = trees.unflatten({f"a/{name}/kernel": jnp.zeros((8, 8)) for name in "mn"})
+    rules = [["a/m/kernel", 2], ["a/.*", 5]]
+    adapters = init_adapters(jax.random.key(0), params, rules)["a"]
+    assert [adapters[name]["kernel"]["a"].shape[-1] for name in "mn"] == [2, 5]
+
+
+def test_what_follows_the_parameters_follows_the_merged_ones():
+    @dataclasses.dataclass(frozen=True)
+    class Follows:
+        """An objective with a teacher that is a copy of its parameters."""
+
+        model: object = None
+
+        def after_update(self, params, extras, stats, step):
+            return params
+
+    params, _ = objective().init(jax.random.key(3), batch())
+    params = randomised(params)
+    teacher = with_lora(Follows(), SPEC).after_update(params, {}, {}, jnp.int32(1))
+    assert not trees.differences(teacher, merge(params, 6.0))
+    assert trees.differences(teacher, split_adapters(params)[0])

@@ -97,9 +97,9 @@ def test_pixels_are_those_of_the_pillow_processors(case, tmp_path):
         assert_close(pixels(recipe, picture), theirs, np.array(recipe.std), exact=True)
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("case", CASES)
 def test_pixels_are_near_those_of_the_torchvision_processors(case, tmp_path):
-    pytest.importorskip("torchvision")
     kind, options = CASES[case]
     processor = getattr(transformers, kind.__name__.removesuffix("Pil"))(**options)
     processor.save_pretrained(tmp_path)
@@ -119,11 +119,9 @@ NAFLEX = {
 }
 
 
-@pytest.mark.parametrize("backend", ["Pil", ""])
+@pytest.mark.parametrize("backend", ["Pil", pytest.param("", marks=pytest.mark.torchvision)])
 @pytest.mark.parametrize("case", NAFLEX)
 def test_packed_patches_are_those_of_transformers(case, backend, tmp_path):
-    if not backend:
-        pytest.importorskip("torchvision")
     processor = getattr(transformers, f"Siglip2ImageProcessor{backend}")(
         **NAFLEX[case], do_convert_rgb=True
     )

@@ -9,7 +9,9 @@ import transformers as hf
 
 from flax_vlm.convert.loading import load_pretrained
 from flax_vlm.convert.saving import save_pretrained
+from flax_vlm.models import naflex
 from flax_vlm.models.naflex import PackedPatches
+from flax_vlm.nn import masks
 from tests.parity.reference import (
     TOLERANCE,
     apply,
@@ -99,6 +101,8 @@ WRONG = {
     "exact gelu": dict(image__activation="gelu_erf"),
     "epsilon": dict(image__norm_eps=1e-3),
     "causal text": dict(text__is_causal=True),
+    "epsilon of the text": dict(text__norm_eps=1e-3),
+    "end of text": dict(text__pooling="eos", text__eos_id=48),
 }
 
 
@@ -107,6 +111,27 @@ def test_every_wrong_choice_breaks_the_parity(name, tmp_path):
     model = make()
     folder = save(model, tmp_path)
     assert naflex_error(model, folder, SHAPES["one fills its row of patches"], **WRONG[name]) > 4e-5
+
+
+PACKINGS = {
+    "padding is seen": (
+        "padding_mask",
+        lambda keep: masks.padding_mask(jnp.ones_like(keep)),
+    ),
+    "columns before rows": (
+        "packed_positions",
+        lambda table, shapes, length: POSITIONS(table, shapes[:, ::-1], length),
+    ),
+}
+POSITIONS = naflex.packed_positions
+
+
+@pytest.mark.parametrize("name", list(PACKINGS))
+def test_every_wrong_packing_breaks_the_parity(name, tmp_path, monkeypatch):
+    model = make()
+    folder = save(model, tmp_path)
+    monkeypatch.setattr(naflex, *PACKINGS[name])
+    assert naflex_error(model, folder, SHAPES["one fills its row of patches"]) > 1e-3
 
 
 def test_rows_and_columns_are_not_the_same(tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import models, trainers
@@ -64,7 +65,6 @@ def siglip2(folder, kind=transformers.Siglip2Tokenizer):
 
 
 def siglip(folder, rule="nmt_nfkc"):
-    sentencepiece = pytest.importorskip("sentencepiece")
     folder.mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(" ".join(t.lower().split()) for t in TEXTS[:14] * 20),

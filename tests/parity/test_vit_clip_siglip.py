@@ -98,9 +98,15 @@ def two_tower_error(model, folder, size, measure=error, **changes):
 
 
 @torch.no_grad()
-def tower_error(model, folder, tower, **changes):
-    """Returns the error of one tower's embedding: half the work of `two_tower_error`."""
+def tower_error(model, folder, tower, order=None, **changes):
+    """Returns the error of one tower's embedding: half the work of `two_tower_error`.
+
+    `order` is a function of the tower's positions [T, D]."""
     module, variables, _ = load(folder, **changes)
+    if order is not None:
+        params = dict(variables["params"])
+        params[tower] = params[tower] | {"positions": order(params[tower]["positions"])}
+        variables = {"params": params}
     if tower == "image":
         image, tensor = pixels(2, 30, 30)
         ours = apply(module, variables, image, method="encode_image")
@@ -188,9 +194,11 @@ VIT_MUTATIONS = {
     "tanh gelu": dict(activation="gelu_tanh"),
     "epsilon of CLIP": dict(norm_eps=1e-3),
     "mean pooling": dict(pooling="gap"),
+    "no tanh after the pooler": dict(head_tanh=False),
 }
 CLIP_MUTATIONS = {
     "image": {
+        "no norm before the first block": dict(pre_norm=False),
         "exact gelu": dict(activation="gelu_erf"),
         "epsilon": dict(norm_eps=1e-4),
         "mean pooling": dict(pooling="gap"),
@@ -200,18 +208,38 @@ CLIP_MUTATIONS = {
         "no causal mask": dict(is_causal=False),
         "last token": dict(pooling="last"),
         "largest id": dict(eos_id=None),
+        "epsilon": dict(norm_eps=1e-3),
     },
 }
 SIGLIP_MUTATIONS = {
     "image": {
         "exact gelu": dict(activation="gelu_erf"),
         "epsilon": dict(norm_eps=1e-3),
+        "mean pooling": dict(pool="gap"),
     },
     "text": {
         "exact gelu": dict(activation="gelu_erf"),
+        "epsilon": dict(norm_eps=1e-3),
         "causal mask": dict(is_causal=True),
         "end of text": dict(pooling="eos", eos_id=48),
     },
+}
+
+
+def columns_first(positions):
+    """Exchanges rows and columns of a 3 x 3 grid, behind whatever stands before it."""
+    prefix, grid = positions[:-9], positions[-9:]
+    return np.concatenate([prefix, grid.reshape(3, 3, -1).swapaxes(0, 1).reshape(9, -1)])
+
+
+ORDERS = {
+    ("clip", "image"): {
+        "class token last": lambda positions: np.roll(positions, -1, axis=0),
+        "columns before rows": columns_first,
+    },
+    ("clip", "text"): {"from the end": lambda positions: positions[::-1]},
+    ("siglip", "image"): {"columns before rows": columns_first},
+    ("siglip", "text"): {"from the end": lambda positions: positions[::-1]},
 }
 SWAPS = {
     "query and key": ("q_proj", "k_proj"),
@@ -238,6 +266,9 @@ def test_every_wrong_choice_breaks_the_parity_of_both_towers(family, tmp_path):
             change = {f"{tower}__{field}": value for field, value in change.items()}
             found = tower_error(model, folder, tower, **change)
             assert found > 2 * TOLERANCE, (tower, name, found)
+        for name, order in ORDERS[family, tower].items():
+            found = tower_error(model, folder, tower, order)
+            assert found > 1e-3, (tower, name, found)
     for name, pair in SWAPS.items():
         swapped(folder, pair)
         found = tower_error(model, folder, "image")

@@ -103,6 +103,14 @@ def test_every_misfit_is_listed_at_once():
         assert line in str(error.value), line
 
 
+def test_an_unused_leaf_does_not_fill_its_place():
+    model, unused = classifier(), {"unused": ["image/pool/probe"]}
+    with pytest.raises(ValueError, match="pool/probe: not in the source; init.fresh keeps it"):
+        Start.plan(Memory(siglip()), model, shapes_of(model), **IMAGE, **unused)
+    fresh = {**IMAGE, "fresh": ["head/.*", "pool/probe"]}
+    assert "pool/probe" not in load(Memory(siglip()), model, **fresh, **unused)
+
+
 def test_unused_leaves_are_left_out():
     model = classifier(pool="gap", class_token=False)
     loaded = load(Memory(siglip()), model, **IMAGE, unused=["image/pool/.*"])

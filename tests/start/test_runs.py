@@ -188,5 +188,5 @@ def test_frozen_encoders_cost_a_forward_pass():
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"a workdir of train.py must hold config.json"):
+    with pytest.raises(ValueError, match=r"must hold config.json, found none"):
         Program.from_config(siglip(init_from=str(tmp_path))).init_state()
