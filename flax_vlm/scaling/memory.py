@@ -25,8 +25,8 @@ from flax import linen as nn
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
-from flax_vlm.nn.resampler import PerceiverResampler
 from flax_vlm.nn.patches import Size, as_pair, grid_size
+from flax_vlm.nn.resampler import PerceiverResampler
 from flax_vlm.scaling.flops import num_tokens, tower_costs
 
 # values of width M that are kept without rematerialisation, plain and gated MLP

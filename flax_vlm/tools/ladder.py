@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import pathlib
 import runpy
 import shlex
@@ -35,8 +36,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flax_vlm import trees
-from flax_vlm.program import Program, plain
 from flax_vlm.figures import save_figure
+from flax_vlm.program import Program, plain
 from flax_vlm.scaling.fitting import fit
 from flax_vlm.scaling.ladder import Ladder, Rung
 from flax_vlm.scaling.laws import LAWS
@@ -248,31 +249,30 @@ def plot(ladder: Ladder, out: pathlib.Path) -> None:
 def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
     """Fits a law of training compute to the first metric, and returns what law.json holds.
 
-    What is fitted is the metric itself if it is a "train/..." loss, else the error 1 - metric. Every
-    seed is a point. A rung that was held out is compared, seed by seed, with the interval of one
-    more run.
+    What is fitted is the metric itself if it is a "train/..." loss, else the error 1 - metric; every
+    seed is a point. Runs that were held out are compared with the interval of one more run.
 
     Raises:
         ValueError: what `fit` raises: too few points for the form, values that are not positive.
     """
-    metric = ladder.metrics[0]
+    metric, rows = ladder.metrics[0], read_table(ladder, out)
     is_loss = metric.startswith("train/")
-    rows = [
-        (row["compute"], row[metric] if is_loss else 1 - row[metric], row["held_out"])
-        for row in read_table(ladder, out)
-    ]
-    fitted = [(c, y) for c, y, held_out in rows if not held_out]
-    held_out = [(c, y) for c, y, held_out in rows if held_out]
-    compute, y = map(np.array, zip(*fitted, strict=True))
+    points = {
+        held_out: [
+            (row["compute"], row[metric] if is_loss else 1 - row[metric])
+            for row in rows
+            if row["held_out"] == held_out
+        ]
+        for held_out in (False, True)
+    }
     label = metric if is_loss else f"1 - {metric}"
+    compute, y = np.array(points[False]).T
     law = fit(form, compute, y, units={"C": "training FLOPs", "y": label})
-    report = law.report() | {"held_out": []}
-    for c, measured in held_out:
-        value, low, high = (float(v[0]) for v in law.predict(np.array([c]), new_point=True))
-        report["held_out"].append(
-            {"compute": c, "measured": measured, "predicted": value, "low": low, "high": high}
-            | {"inside": low <= measured <= high, "missed_by": measured / value - 1}
-        )
+    apart = tuple(np.array(points[True]).T) if points[True] else None
+    found = law.held_out(*apart) if apart else []
+    sizes = [{"compute": float(c)} for c, _ in points[True]]
+    held_out = [size | row for size, row in zip(sizes, found, strict=True)]
+    report = law.report() | {"held_out": held_out}
     layout.save_json(out / "law.json", report)
     figure = law_figure(
         law,
@@ -280,8 +280,8 @@ def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
         y_label=label,
         title=f"{ladder.config.partition(':')[0]}: {label} over compute",
         note="Compute: scaling/flops.py, forward and backward.",
-        held_out=tuple(map(list, zip(*held_out, strict=True))) or None,
-        beyond=1.0 if held_out else 3.0,
+        held_out=apart,
+        beyond=1.0 if apart else 3.0,
     )
     _save(figure, out / "law")
     return report
@@ -300,11 +300,10 @@ def _plot(ladder: Ladder, options: argparse.Namespace) -> None:
 def _fit(ladder: Ladder, options: argparse.Namespace) -> None:
     report = fit_law(ladder, options.out, options.form)
     for rung in report["held_out"]:
-        verdict = "inside" if rung["inside"] else "OUTSIDE"
+        verdict = "inside" if rung["inside"] else f"missed by {rung['missed_by']:.1%}"
         print(
             f"held out, {rung['compute']:.3g} FLOPs: measured {rung['measured']:.4f}, predicted "
-            f"{rung['predicted']:.4f} [{rung['low']:.4f}, {rung['high']:.4f}]: {verdict} "
-            f"({rung['missed_by']:+.1%})"
+            f"{rung['predicted']:.4f} [{rung['low']:.4f}, {rung['high']:.4f}]: {verdict}"
         )
     print(json.dumps(report))
 
