@@ -42,7 +42,7 @@ def digits() -> Ladder:
 
     return Ladder(
         config="configs/siglip_digits.py",
-        dials={"loss": LOSSES, "batch": (8, 16, 32, 64, 128, 256)},
+        dials={"loss": LOSSES, "batch": (16, 32, 64, 128, 256)},
         changes=changes,
         seeds=(0, 1, 2),
         metrics=("zero_shot/accuracy",),

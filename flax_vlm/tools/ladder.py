@@ -249,8 +249,8 @@ def plot(ladder: Ladder, out: pathlib.Path) -> None:
 def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
     """Fits a law of training compute to the first metric, and returns what law.json holds.
 
-    What is fitted is the metric itself if it is a "train/..." loss, else the error 1 - metric; every
-    seed is a point. Runs that were held out are compared with the interval of one more run.
+    What is fitted is the metric itself if it is a "train/..." loss, else the error 1 - metric;
+    every seed is a point. Runs that were held out are compared with the interval of one more run.
 
     Raises:
         ValueError: what `fit` raises: too few points for the form, values that are not positive.
