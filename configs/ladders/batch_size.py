@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from configs.ladders.clusters import slice_for
 from flax_vlm.scaling.ladder import Ladder
 
 LOSSES = ("sigmoid", "softmax")
 EXAMPLES = 25_600
-# chips of a v5e slice: its sides
-SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 # in the paper's table 5 the longer run skips small batches, the shorter one two large ones
 NOT_PUBLISHED = {(3, 16_384), (3, 307_200), (9, 512), (9, 1024), (9, 2048)}
 
@@ -51,19 +50,6 @@ def digits() -> Ladder:
     )
 
 
-def slice_for(batch: int) -> dict[str, Any]:
-    """Returns the smallest v5e slice that holds a batch at 256 per chip, or the largest there is.
-
-    For Slurm, a node of 8 GPUs of 80 GB stands for 32 of its chips of 16 GB.
-    """
-    chips = next((n for n in SLICES if batch <= 256 * n), max(SLICES))
-    return {
-        "topology": f"v5e:{SLICES[chips]}",
-        "accelerator": f"v5litepod-{chips}",
-        "nodes": max(1, chips // 32),
-    }
-
-
 def published() -> Ladder:
     """Returns SigLIP's sweep."""
 
@@ -86,7 +72,7 @@ def published() -> Ladder:
         metrics=("zero_shot/accuracy",),
         x="batch",
         curves="loss",
-        machine=lambda billions, loss, batch: slice_for(batch),
+        machine=lambda billions, loss, batch: slice_for(batch, per_chip=256),
     )
 
 

@@ -79,7 +79,7 @@ def read_config(rung: Rung) -> dict[str, Any]:
     """Returns the config that train.py makes of a rung's flags, as plain values."""
     file, _, argument = rung.config.partition(":")
     config = runpy.run_path(file)["get_config"](*filter(None, [argument]))
-    return with_changes(plain(config), rung.changes)
+    return with_changes(plain(config), plain(rung.changes))
 
 
 def is_done(folder: pathlib.Path) -> bool:

@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ladders on paper: which rungs there are, what they change, where they lie."""
+"""Ladders on paper: which rungs there are, what they change; laws and plots of made-up tables."""
 
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from configs.ladders import batch_size, compute, temperature
+from configs.ladders import (
+    batch_size,
+    clip_scaling,
+    compute,
+    resampler_tokens,
+    temperature,
+    token_length,
+)
 from flax_vlm.scaling.ladder import Ladder
+from flax_vlm.scaling.plots import batch_size_figure
 from flax_vlm.tools import ladder as tool
 from flax_vlm.training import workdir
 
@@ -64,22 +74,23 @@ def test_a_ladder_without_sense_is_refused(fields, message):
         make(**fields)
 
 
-@pytest.mark.parametrize(
-    "ladder",
-    [
-        batch_size.get_ladder(),
-        batch_size.get_ladder("published"),
-        temperature.get_ladder(),
-        compute.get_ladder(),
-    ],
-    ids=["batch size", "batch size, published", "temperature", "compute"],
-)
+LADDERS = {
+    batch_size: ("digits", "published"),
+    clip_scaling: ("shapes", "published"),
+    resampler_tokens: ("shapes", "siglip"),
+    temperature: ("digits", "clip"),
+    token_length: ("shapes", "clipa"),
+}
+EVERY = [module.get_ladder(size) for module, sizes in LADDERS.items() for size in sizes]
+
+
+@pytest.mark.parametrize("ladder", [*EVERY, compute.get_ladder()], ids=lambda x: x.config)
 def test_every_change_of_the_ladders_here_is_a_key_of_their_recipe(ladder, monkeypatch):
     monkeypatch.chdir(ROOT)
     for rung in ladder.rungs():
         config = workdir.flatten(tool.read_config(rung))
         for path, value in rung.changes.items():
-            assert config[path] == value, rung.name
+            assert json.dumps(config[path]) == json.dumps(value), rung.name
 
 
 def test_a_sweep_over_batches_sees_equally_many_examples():
@@ -138,3 +149,74 @@ def test_a_cluster_gets_one_whole_command_per_rung():
     )
     with pytest.raises(ValueError, match="no `machine` for a cluster"):
         tool.commands(batch_size.get_ladder(), out, "slurm")
+
+
+def write_table(out, held_out=1.0, law=lambda c: 0.2 + 40 * c**-0.2):
+    """A table of eight sizes, two seeds, and one that is held out."""
+    rng, rows = np.random.default_rng(0), []
+    for flops in [*np.geomspace(1e10, 1e12, 8), 4e12]:
+        for seed in (0, 1):
+            apart = bool(flops > 1e12)
+            loss = law(flops) * np.exp(0.005 * rng.normal()) * (held_out if apart else 1.0)
+            row = {"width": round(flops / 1e9), "seed": seed, "compute": flops}
+            rows.append(row | {"held_out": apart, "train/loss": loss, "a/b": 1 - loss / 10})
+    (out / "table.json").write_text(json.dumps(rows))
+    return rows
+
+
+def sized(metric, **fields):
+    return make(dials={"width": (1, 2)}, changes=lambda width: {}, metrics=(metric,), **fields)
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("train/loss", 1.0), ("a/b", 0.1)])
+def test_a_law_is_fitted_to_what_was_not_held_out_and_judged_by_what_was(metric, scale, tmp_path):
+    write_table(tmp_path)
+    report = tool.fit_law(sized(metric), tmp_path, "power_floor")
+    assert report == json.loads((tmp_path / "law.json").read_text())
+    assert report["points"] == 16 and report["range"]["C"] == [1e10, 1e12]
+    floor = report["parameters"]["c"]
+    assert floor["low"] < 0.2 * scale < floor["high"]
+    assert [row["compute"] for row in report["held_out"]] == [4e12, 4e12]
+    assert all(row["inside"] and row["missed_by"] == 0 for row in report["held_out"])
+    assert (tmp_path / "law.png").exists() and (tmp_path / "law.svg").exists()
+
+
+def test_a_held_out_rung_that_the_law_misses_is_said_to_be_missed(tmp_path):
+    write_table(tmp_path, held_out=1.5)
+    report = tool.fit_law(sized("train/loss"), tmp_path, "power_floor")
+    for row in report["held_out"]:
+        assert not row["inside"]
+        assert row["missed_by"] == pytest.approx((row["measured"] - row["high"]) / row["predicted"])
+        assert row["missed_by"] > 0.3
+
+
+def test_the_plot_has_a_curve_per_value_and_words_for_what_is_no_number(tmp_path, monkeypatch):
+    rows = [
+        {"loss": loss, "t": t, "seed": seed, "a/b": value + 0.25 * seed}
+        for loss, t, value in [("x", 1, 0.1), ("x", 2, 0.4), ("y", 1, 0.3), ("y", 2, 0.2)]
+        for seed in (0, 1)
+    ]
+    rows += [{"loss": "x", "t": "learned", "seed": seed, "a/b": 0.5 + seed} for seed in (0, 1)]
+    (tmp_path / "table.json").write_text(json.dumps(rows))
+    drawn = {}
+
+    def figure(curves, **words):
+        drawn.update(words, curves=curves)
+        return batch_size_figure(curves, **words)
+
+    monkeypatch.setattr(tool, "batch_size_figure", figure)
+    ladder = make(dials={"loss": ("x", "y"), "t": (1, 2)}, x="t", curves="loss", metrics=("a/b",))
+    tool.plot(ladder, tmp_path)
+    assert drawn["curves"] == {
+        "x": {1: [0.1, 0.35], 2: [0.4, 0.65]},
+        "y": {1: [0.3, 0.55], 2: [0.2, 0.45]},
+    }
+    assert drawn["x_label"] == "t" and drawn["y_label"] == "a/b"
+    assert "learned: 1.000 [" in drawn["note"]
+    assert (tmp_path / "plot.png").exists() and (tmp_path / "plot.svg").exists()
+
+
+def test_without_a_table_there_is_nothing_to_fit_or_plot(tmp_path):
+    for verb in (tool.plot, lambda *given: tool.fit_law(*given, "power")):
+        with pytest.raises(ValueError, match=r"no table.json; start `run` or `collect` first"):
+            verb(make(), tmp_path)
