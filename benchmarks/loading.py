@@ -5,11 +5,15 @@
     python benchmarks/loading.py --rounds 5
 
 Writes a folder of the size of SigLIP So400m/14-384 (878 million random parameters, 3.5 GB in
-float32) with `save_pretrained`, then loads it in turns, each time in a process of its own, since
-the peak of a process never falls. The time is that of `load_pretrained` with all parameters ready
-on the CPU, and of `SiglipModel.from_pretrained`; imports are not counted. transformers may map the
-file and read it later, so "touched" adds the reading of one number of every page of every
-parameter, on both sides. The file was just written: it is read from the page cache.
+float32) with `save_pretrained`, then loads it as float32 in turns, each time in a process of its
+own, since the peak of a process never falls. "seconds" is the time of `load_pretrained` with all
+parameters ready on the CPU, and of `SiglipModel.from_pretrained`; "process_seconds" is that of the
+process, imports and all. "touched_seconds" adds the reading of one number of every page of every
+parameter. The file was just written: it is read from the page cache.
+
+What is compared differs: from a float32 file transformers maps, its parameters are the pages of the
+file, and nothing is copied or allocated. Ours lie transposed and layer beside layer, so every
+number is copied once. With `--dtype bfloat16` the file holds half the bytes and both must convert.
 
 Prints JSON. Times are of the machine's wall clock: take them where nothing else runs, and compare
 the ratios of the rounds.
@@ -40,17 +44,18 @@ PRESETS = {
     },
 }
 PAGE = 4096  # bytes
+TIMES = ("seconds", "touched_seconds", "cpu_seconds", "process_seconds")
 
 
-def write_folder(folder: pathlib.Path, preset: str) -> int:
-    """Writes random weights and returns their number of bytes; one leaf is in memory at a time."""
+def write_folder(folder: pathlib.Path, preset: str, dtype: str) -> int:
+    """Writes random weights and returns their bytes in float32; one leaf is in memory at a time."""
     import numpy as np
 
     from flax_vlm.build import build
     from flax_vlm.convert.saving import save_pretrained
     from flax_vlm.models import MODELS
     from flax_vlm.models.parameter_shapes import parameter_shapes
-    from flax_vlm.trees import map_with_path
+    from flax_vlm.trees import map_with_path, num_parameters
 
     rng = np.random.default_rng(0)
 
@@ -65,8 +70,8 @@ def write_folder(folder: pathlib.Path, preset: str) -> int:
 
     shapes = parameter_shapes(build(MODELS, PRESETS[preset], "model"))
     params = map_with_path(lambda path, leaf: Drawn(tuple(leaf.shape)), shapes)
-    save_pretrained(folder, PRESETS[preset], params)
-    return (folder / "model.safetensors").stat().st_size
+    save_pretrained(folder, PRESETS[preset], params, dtype=dtype)
+    return num_parameters(shapes) * 4
 
 
 def load_ours(folder: str) -> dict[str, float]:
@@ -86,11 +91,12 @@ def load_ours(folder: str) -> dict[str, float]:
 
 def load_transformers(folder: str) -> dict[str, float]:
     """Returns the seconds of transformers, to have the model and to have touched it."""
+    import torch
     import transformers
 
     transformers.SiglipModel  # noqa: B018 - imported on first use
     start = time.perf_counter()
-    model = transformers.SiglipModel.from_pretrained(folder)
+    model = transformers.SiglipModel.from_pretrained(folder, dtype=torch.float32)
     ready = time.perf_counter()
     total = sum(float(touch(p.detach().numpy())) for p in model.parameters())
     return report(start, ready, total)
@@ -104,9 +110,13 @@ def touch(values: Any) -> Any:
 def report(start: float, ready: float, total: float) -> dict[str, float]:
     """Returns the figures of one process."""
     assert math.isfinite(total)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    touched = time.perf_counter() - start
-    return dict(seconds=ready - start, touched_seconds=touched, peak_bytes=peak)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return dict(
+        seconds=ready - start,
+        touched_seconds=time.perf_counter() - start,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,  # of the whole process
+        peak_bytes=usage.ru_maxrss * 1024,
+    )
 
 
 LOADERS = {"flax_vlm": load_ours, "transformers": load_transformers}
@@ -116,10 +126,12 @@ def run(loader: str, folder: pathlib.Path) -> dict[str, float]:
     """Returns the figures of one loading in a process of its own."""
     command = [sys.executable, os.path.abspath(__file__), "--load", loader, "--folder", str(folder)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return {**figures, "process_seconds": time.perf_counter() - start}
 
 
 def summarise(rounds: list[dict[str, dict[str, float]]], size: int) -> dict[str, Any]:
@@ -127,13 +139,9 @@ def summarise(rounds: list[dict[str, dict[str, float]]], size: int) -> dict[str,
     found: dict[str, Any] = {}
     for name in LOADERS:
         peak = max(r[name]["peak_bytes"] for r in rounds)
-        found[name] = {
-            "seconds": statistics.median(r[name]["seconds"] for r in rounds),
-            "touched_seconds": statistics.median(r[name]["touched_seconds"] for r in rounds),
-            "peak_bytes": peak,
-            "peak_over_size": peak / size,
-        }
-    for key in ("seconds", "touched_seconds"):
+        medians = {key: statistics.median(r[name][key] for r in rounds) for key in TIMES}
+        found[name] = {**medians, "peak_bytes": peak, "peak_over_size": peak / size}
+    for key in TIMES:
         ratios = [r["flax_vlm"][key] / r["transformers"][key] for r in rounds]
         found[f"ratio_of_{key}"] = {"median": statistics.median(ratios), "rounds": ratios}
     return found
@@ -143,6 +151,7 @@ def main() -> None:
     """Writes the folder, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="so400m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the folder is written; kept. Default: a temporary")
     parser.add_argument("--load", choices=LOADERS, help=argparse.SUPPRESS)
@@ -151,14 +160,14 @@ def main() -> None:
         print(json.dumps(LOADERS[args.load](args.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(args.folder or temporary) / args.preset
-        size = write_folder(folder, args.preset)
+        folder = pathlib.Path(args.folder or temporary) / f"{args.preset}-{args.dtype}"
+        size = write_folder(folder, args.preset, args.dtype)
         rounds = []
         for i in range(args.rounds):
             order = list(LOADERS) if i % 2 == 0 else list(LOADERS)[::-1]
             rounds.append({name: run(name, folder) for name in order})
     load = os.getloadavg()[0]
-    figures = dict(preset=args.preset, bytes=size, rounds=args.rounds, load_average=load)
+    figures = dict(preset=args.preset, dtype=args.dtype, bytes=size, rounds=args.rounds, load=load)
     print(json.dumps({**figures, **summarise(rounds, size)}, indent=1))
 
 

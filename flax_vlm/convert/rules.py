@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,26 @@ class Layout:
             return tensor
         order = [axis for group in self.axes for axis in group]
         return tensor.reshape([leaf[axis] for axis in order]).transpose(np.argsort(order))
+
+    def row_blocks(
+        self, leaf: Shape, rows: int
+    ) -> Iterator[tuple[tuple[Any, ...], tuple[int, int] | None]]:
+        """Yields (index of a part of the leaf, (start, stop) of the tensor's rows that hold it).
+
+        Args:
+            leaf: shape of the leaf.
+            rows: of a block, about; rows that belong together stay together.
+        """
+        group = (0,) if self.axes is None else self.axes[0]
+        if not group or not leaf:
+            yield (...,), None
+            return
+        axis, together = group[0], math.prod(leaf[i] for i in group[1:])
+        step = max(1, rows // together)
+        for start in range(0, leaf[axis], step):
+            stop = min(start + step, leaf[axis])
+            index = (*[slice(None)] * axis, slice(start, stop))
+            yield index, (start * together, stop * together)
 
 
 SAME = Layout()

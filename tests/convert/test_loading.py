@@ -10,7 +10,7 @@ import pytest
 
 from flax_vlm import trees
 from flax_vlm.build import build
-from flax_vlm.convert import FAMILIES
+from flax_vlm.convert import FAMILIES, loading
 from flax_vlm.convert.family import Family
 from flax_vlm.convert.loading import check_tied, load_pretrained, read_spec
 from flax_vlm.convert.resolution import with_image_size
@@ -97,10 +97,35 @@ def test_parameters_arrive_on_their_shardings(folder):
 def test_only_one_leaf_is_on_the_host_at_a_time(folder, monkeypatch):
     sizes = []
     empty = np.empty
-    monkeypatch.setattr(np, "empty", lambda *a, **k: sizes.append(a[0]) or empty(*a, **k))
+
+    def counted(shape, dtype):
+        sizes.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(np, "empty", counted)
     loaded = load_pretrained(folder)
-    largest = max(trees.named_leaves(loaded.params).values(), key=lambda x: x.size).size
-    assert max(int(np.prod(shape)) for shape in sizes) == largest
+    largest = max(leaf.nbytes for leaf in trees.named_leaves(loaded.params).values())
+    assert max(sizes) == largest + loading.ALIGNMENT
+
+
+def test_a_leaf_is_handed_over_without_a_copy(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        loading, "empty", lambda *args, right=loading.empty: made.append(right(*args)) or made[-1]
+    )
+    leaves = jax.tree.leaves(load_pretrained(folder).params)
+    assert len(made) == len(leaves)
+    assert all(
+        leaf.unsafe_buffer_pointer() == value.ctypes.data
+        for leaf, value in zip(leaves, made, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_tensors_are_read_in_blocks_of_rows(rows, folder, monkeypatch):
+    expected = load_pretrained(folder).params
+    monkeypatch.setattr(loading, "BLOCK", rows)
+    assert not trees.differences(load_pretrained(folder).params, expected)
 
 
 def test_both_generations_of_configs_are_read(folder):

@@ -31,6 +31,28 @@ def test_a_layout_and_its_inverse_are_exact(name):
     assert np.array_equal(layout.to_leaf(tensor, leaf_shape), leaf)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_leaf_is_the_sum_of_its_blocks(name, rows):
+    layout, (leaf_shape, _) = getattr(rules, name), LAYOUTS[name]
+    leaf = RNG.standard_normal(leaf_shape).astype(np.float32)
+    tensor = layout.to_tensor(leaf)
+    found = np.zeros_like(leaf)
+    for index, part in layout.row_blocks(leaf_shape, rows):
+        block = tensor if part is None else tensor[slice(*part)]
+        found[index] += layout.to_leaf(block, found[index].shape)
+    assert np.array_equal(found, leaf)
+
+
+def test_blocks_have_as_many_rows_as_asked_for_and_whole_heads():
+    def rows(layout, leaf, count):
+        return [part for _, part in layout.row_blocks(leaf, count)]
+
+    assert rows(rules.DENSE, (3, 5), 2) == [(0, 2), (2, 4), (4, 5)]
+    assert rows(rules.HEADS, (5, 4, 3), 7) == [(0, 6), (6, 12)]
+    assert rows(rules.TOKENS, (4, 5), 2) == [None]
+
+
 def test_layouts_are_those_of_torch():
     x = RNG.standard_normal((7, 5))
     kernel = RNG.standard_normal((5, 2, 3))
