@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of other libraries, in and out: families by the `model_type` of their config.json."""
 
-from flax_vlm.convert import clip, dinov2, siglip, siglip2, vit
+from flax_vlm.convert import clip, dinov2, language_model, siglip, siglip2, vit
 from flax_vlm.convert.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,4 +11,5 @@ FAMILIES: dict[str, Family] = {
     "siglip2": siglip2.FAMILY,
     "dinov2": dinov2.FAMILY,
     "dinov2_with_registers": dinov2.WITH_REGISTERS,
+    **language_model.FAMILIES,
 }
