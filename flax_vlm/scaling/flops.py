@@ -20,10 +20,12 @@ from collections.abc import Sequence
 
 from flax import linen as nn
 
+from flax_vlm.models.language_model import LanguageModel
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
+from flax_vlm.scaling.decoder_flops import forward_flops
 
 TOWERS = ("image", "text")
 PARTS = (*TOWERS, "encoder")  # what can be frozen
@@ -111,6 +113,8 @@ def train_flops_per_example(
         return passes * vision_flops(model, image_size)
     if isinstance(model, TextEncoder):
         return passes * text_flops(model, text_length)
+    if isinstance(model, LanguageModel):
+        return passes * forward_flops(model, text_length)
     if isinstance(model, TwoTowers):
         image = vision_flops(model.image, image_size)
         text = text_flops(model.text, text_length)

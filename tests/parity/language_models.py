@@ -28,7 +28,7 @@ SIZE = dict(
     eos_token_id=2,
 )
 QWEN_WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
-CAPS = dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.0, query_pre_attn_scalar=7)
+CAPS = dict(attn_logit_softcapping=1.5, final_logit_softcapping=8.0, query_pre_attn_scalar=7)
 # heads of queries per head of keys: 1, 2, 4; with and without a head width of its own
 CASES = {
     "llama": ("Llama", dict(num_key_value_heads=4)),
