@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of other libraries, in and out: families by the `model_type` of their config.json."""
 
-from flax_vlm.convert import big_vision, blip2_vision, clip, dinov2, eva, siglip, siglip2, vit
+from flax_vlm.convert import (
+    big_vision,
+    blip2_vision,
+    clip,
+    dinov2,
+    eva,
+    language_model,
+    siglip,
+    siglip2,
+    vit,
+)
 from flax_vlm.convert.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,4 +25,5 @@ FAMILIES: dict[str, Family] = {
     "timm": eva.TIMM,
     "open_clip": eva.OPEN_CLIP,
     "big_vision": big_vision.FAMILY,
+    **language_model.FAMILIES,
 }

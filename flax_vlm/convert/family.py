@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",  # the same function, written differently
     "quick_gelu": "quick_gelu",
+    "silu": "silu",
 }
 _HF_NAMES = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
 

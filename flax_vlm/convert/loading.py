@@ -129,7 +129,8 @@ def load_pretrained(
     tensors = {name: stored[original] for name, original in names.items()}
     where = f"{folder} ({model_type})"
     check_tensors(entries, {n: t.shape for n, t in tensors.items()}, family.ignored, where)
-    check_tied(tensors, family.ignored)
+    spare = tensors.keys() - {entry.tensor for entry in entries}
+    check_tied(tensors, [rule for rule in family.ignored if rule.pattern in spare])
     check_floats({entry.tensor: tensors[entry.tensor].dtype for entry in entries}, where)
     parts: dict[str, list[tuple[Entry, Part]]] = {path: [] for path in flat}
     for entry in entries:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from flax import linen as nn
 
 from flax_vlm.models.clip import build_clip
+from flax_vlm.models.language_model import build_language_model
 from flax_vlm.models.siglip import build_siglip
 from flax_vlm.models.vit import build_vit
 
@@ -13,4 +14,5 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": build_vit,
     "clip": build_clip,
     "siglip": build_siglip,
+    "language_model": build_language_model,
 }

@@ -14,6 +14,8 @@ from flax_vlm.nn.patches import as_pair
 
 def example_inputs(model: nn.Module) -> list[jax.ShapeDtypeStruct]:
     """Returns what a model of MODELS is called with, as shapes, for a batch of one."""
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs()
     image_tower = getattr(model, "image", model)
     size = as_pair(image_tower.image_size)
     inputs = [jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)]

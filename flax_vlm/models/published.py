@@ -79,6 +79,10 @@ def _clip(variant: str, parameters: int | float, source: str = OPEN_CLIP) -> Pub
     return Published("clip", {"variant": variant}, parameters, source)
 
 
+def _language_model(variant: str, parameters: int | float, source: str) -> Published:
+    return Published("language_model", {"variant": variant}, parameters, source)
+
+
 def _siglip(variant: str, parameters: int | float, source: str = OPEN_CLIP) -> Published:
     return Published("siglip", {"variant": variant}, parameters, source)
 
@@ -129,6 +133,26 @@ PUBLISHED: dict[str, Published] = {
     "CLIP g/14": _clip("g/14", 1366.68),
     "CLIP G/14": _clip("G/14", 2539.57),
     "CLIP e/14": _clip("e/14", 4581.09),
+    **{
+        name: _language_model(name, count, HF.format(f"{owner}/{repository or name}"))
+        for name, count, owner, repository in (
+            ("SmolLM2-135M", 134_515_008, "HuggingFaceTB", ""),
+            ("SmolLM2-360M", 361_821_120, "HuggingFaceTB", ""),
+            ("SmolLM2-1.7B", 1_711_376_384, "HuggingFaceTB", ""),
+            ("Llama-2-7b", 6_738_415_616, "meta-llama", "Llama-2-7b-hf"),
+            ("Llama-2-13b", 13_015_864_320, "meta-llama", "Llama-2-13b-hf"),
+            ("Llama-3.1-8B", 8_030_261_248, "meta-llama", ""),
+            ("Mistral-7B-v0.2", 7_241_732_096, "mistralai", "Mistral-7B-Instruct-v0.2"),
+            ("Qwen2-0.5B", 494_032_768, "Qwen", ""),
+            ("Qwen2-7B", 7_615_616_512, "Qwen", ""),
+            ("Qwen3-0.6B", 596_049_920, "Qwen", ""),
+            ("Qwen3-8B", 8_190_735_360, "Qwen", ""),
+            ("Gemma-2b", 2_506_172_416, "google", "gemma-2b"),
+            ("Gemma-7b", 8_537_680_896, "google", "gemma-7b"),
+            ("Gemma-2-2b", 2_614_341_888, "google", "gemma-2-2b"),
+            ("Gemma-2-9b", 9_241_705_984, "google", "gemma-2-9b"),
+        )
+    },
 }
 
 

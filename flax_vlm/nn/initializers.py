@@ -10,6 +10,8 @@
     "clip_text"   CLIP's text tower: embedding N(0, 0.02^2), positions N(0, 0.01^2), qkv N(0, 1/D),
                   attention output and MLP output N(0, 1/(2 D depth)), MLP input N(0, 1/(2 D)),
                   projection N(0, 1/D).
+    "language_model"  N(0, 0.02^2) for every kernel and the embedding, biases 0: initializer_range
+                  of LLaMA, Qwen and Gemma.
 
 Differs from CLIP: MLP biases start at 0 where torch draws them from U(-1/sqrt(fan_in),
 1/sqrt(fan_in)).
@@ -97,8 +99,26 @@ def init_clip_text(width: int, depth: int) -> Init:
     )
 
 
+def init_language_model(width: int, depth: int) -> Init:
+    """Returns the scheme of a language model."""
+    kernel = normal(0.02)
+    return Init(
+        attention_in=kernel,
+        attention_out=kernel,
+        mlp_in=kernel,
+        mlp_out=kernel,
+        mlp_bias=zeros,
+        patches=kernel,
+        class_token=zeros,
+        positions=kernel,
+        embedding=kernel,
+        head=kernel,
+    )
+
+
 INITS: dict[str, Callable[[int, int], Init]] = {
     "vit": init_vit,
     "clip_image": init_clip_image,
     "clip_text": init_clip_text,
+    "language_model": init_language_model,
 }

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding of image grids: q and k are turned by angles that grow with y and x.
+"""Rotary position embedding: q and k are turned by angles that grow with the position.
 
-Papers: RoFormer, Su et al. 2021, arXiv:2104.09864; EVA-02, Fang et al. 2023, arXiv:2303.11331
-(section 2.1, 2-D). Pairs are interleaved, (0, 1), (2, 3), ...; the first half of a head's width
-turns with the row, the second with the column; tokens without a place in the grid (class token) are
-not turned.
+Papers: RoFormer, Su et al. 2021, arXiv:2104.09864 (1-D); EVA-02, Fang et al. 2023, arXiv:2303.11331
+(section 2.1, 2-D). On image grids pairs are interleaved, (0, 1), (2, 3), ..., as in RoFormer; the
+first half of a head's width turns with the row, the second with the column; tokens without a place
+in the grid (class token) are not turned. In language models, which differ from the paper here,
+pairs are a half apart, (0, K/2), (1, K/2 + 1), ...
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Cosine and sine of every token's angles, [T, K] float32 each; a pair shares its angle."""
+    """Cosine and sine of every token's angles; a pair shares its angle.
+
+    Attributes:
+        cos: [T, K] or [B, T, K] float32.
+        sin: likewise.
+        halves: a pair is (i, i + K/2), not (2 i, 2 i + 1).
+    """
 
     cos: jax.Array
     sin: jax.Array
+    halves: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def rotary2d(
@@ -61,8 +69,28 @@ def rotary2d(
     )  # [T, K] each
 
 
+def rotary1d(positions: jax.Array, frequencies: jax.Array, factor: float = 1.0) -> Rotary:
+    """Returns the angles of a language model's tokens, position times frequency.
+
+    Args:
+        positions: [B, T] int32.
+        frequencies: [K/2] float32, radians per position; see nn/rope_scaling.py.
+        factor: cosine and sine are multiplied by it (YaRN).
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    angles = jnp.concatenate([angles, angles], axis=-1)  # [B, T, K]
+    return Rotary(jnp.cos(angles) * factor, jnp.sin(angles) * factor, halves=True)
+
+
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
     """Returns x [B, T, N, K], every pair (a, b) turned to (a cos - b sin, b cos + a sin)."""
-    turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
-    cos, sin = (a.astype(x.dtype)[None, :, None, :] for a in (rotary.cos, rotary.sin))
+    if rotary.halves:
+        first, second = jnp.split(x, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+    else:
+        turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+    tokens, width = rotary.cos.shape[-2:]
+    cos, sin = (
+        a.astype(x.dtype).reshape(-1, tokens, 1, width) for a in (rotary.cos, rotary.sin)
+    )  # [1|B, T, 1, K]
     return x * cos + turned * sin

@@ -25,11 +25,13 @@ from typing import Any
 
 from flax import linen as nn
 
+from flax_vlm.models.language_model import LanguageModel
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
 from flax_vlm.nn.resampler import PerceiverResampler
+from flax_vlm.scaling.decoder_flops import language_model_flops
 
 TOWERS = ("image", "text")
 PARTS = (*TOWERS, "encoder")  # what can be frozen
@@ -172,10 +174,10 @@ def tower_costs(
         function = next((f for kind, f in table if isinstance(tower, kind)), None)
         if function is None:
             raise ValueError(
-                "there is a formula for vit, text_encoder, clip and siglip, "
+                f"there is a formula for {[kind.__name__ for kind, _ in table]}, alone or as towers, "
                 f"got {type(tower).__name__}"
             )
-        size = text_length if isinstance(tower, TextEncoder) else image_size
+        size = text_length if isinstance(tower, (TextEncoder, LanguageModel)) else image_size
         costs[name] = function(tower, size, **options)
     return costs
 
@@ -205,6 +207,7 @@ def forward_flops(
 FLOPS: list[tuple[type, Callable[..., int]]] = [
     (VisionTransformer, vision_flops),
     (TextEncoder, text_flops),
+    (LanguageModel, language_model_flops),
 ]
 
 

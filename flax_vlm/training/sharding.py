@@ -29,13 +29,15 @@ Rule = tuple[str, tuple[str | None, ...]]
 # Tensor parallelism. A spec speaks of the last axes of a tensor, so that the leading layer axis of
 # scanned blocks needs no rule of its own. First full match wins.
 TENSOR_RULES: tuple[Rule, ...] = (
-    (r".*/(q|k|v)/kernel", (None, "tensor", None)),  # [D, N, K]
+    # a kernel in int8 (models/quantization.py) is a leaf below the path of the kernel
+    (r".*/(q|k|v)/kernel(/int8)?", (None, "tensor", None)),  # [D, N, K]
     (r".*/(q|k|v)/bias", ("tensor", None)),  # [N, K]
-    (r".*/o/kernel", ("tensor", None, None)),  # [N, K, D]
-    (r".*/(fc1|gate)/kernel", (None, "tensor")),  # [D, M]
+    (r".*/o/kernel(/int8)?", ("tensor", None, None)),  # [N, K, D]
+    (r".*/(fc1|gate)/kernel(/int8)?", (None, "tensor")),  # [D, M]
     (r".*/(fc1|gate)/bias", ("tensor",)),
-    (r".*/fc2/kernel", ("tensor", None)),  # [M, D]
-    (r".*/embedding/embedding", ("tensor", None)),  # [V, D]
+    (r".*/fc2/kernel(/int8)?", ("tensor", None)),  # [M, D]
+    (r"(.*/)?embedding/embedding(/int8)?", ("tensor", None)),  # [V, D]
+    (r"(.*/)?lm_head/kernel(/int8)?", (None, "tensor")),  # [D, V]
     # adapters are split as what they adapt, so that merging them moves nothing over tensor
     (r".*/(q|k|v)/kernel/b", (None, "tensor", None)),  # [r, N, K]
     (r".*/o/kernel/a", ("tensor", None, None)),  # [N, K, r]

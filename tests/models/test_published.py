@@ -3,7 +3,7 @@
 
 import pytest
 
-from flax_vlm.models import clip, siglip
+from flax_vlm.models import clip, language_model_sizes, siglip
 from flax_vlm.models.published import PUBLISHED, Row, parameter_counts
 from flax_vlm.models.variants import VARIANTS
 
@@ -22,6 +22,7 @@ def test_every_variant_has_a_row():
     assert set(clip.PRESETS) == clips
     siglips = {e.arguments["variant"] for e in PUBLISHED.values() if e.model == "siglip"}
     assert {name for name in siglip.PRESETS if not name.endswith("-v2")} <= siglips
+    assert set(language_model_sizes.PRESETS) <= set(PUBLISHED)
 
 
 def test_agreement_is_exact_for_integers_and_to_two_decimals_of_a_million_otherwise():

@@ -58,15 +58,22 @@ def layer_norm(p, x, eps):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
-def softmax_attention(q, k, v, mask=None, is_causal=False):
+def rms_norm(scale, x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def softmax_attention(q, k, v, mask=None, is_causal=False, scale=None, cap=None):
     """Weights [B,N,S,T] and output [B,S,N,K], one query at a time."""
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     (B, S, N, K), T = q.shape, k.shape[1]
     keep = np.ones((B, N, S, T), bool) if mask is None else np.broadcast_to(mask, (B, N, S, T))
     weights, out = np.zeros((B, N, S, T)), np.zeros_like(q)
     for b, n, s in np.ndindex(B, N, S):
         seen = [t for t in range(T) if keep[b, n, s, t] and (t <= s or not is_causal)]
         if seen:
-            scores = np.array([q[b, s, n] @ k[b, t, n] for t in seen]) / math.sqrt(K)
+            scores = np.array([q[b, s, n] @ k[b, t, n] for t in seen])
+            scores = scores / math.sqrt(K) if scale is None else scores * scale
+            scores = scores if cap is None else cap * np.tanh(scores / cap)
             weights[b, n, s, seen] = np.exp(scores - scores.max())
             weights[b, n, s] /= weights[b, n, s].sum()
             out[b, s, n] = weights[b, n, s] @ v[b, :, n]

@@ -38,6 +38,35 @@ def test_attention_equals_the_float64_oracle_under_every_kind_of_mask(implementa
 
 
 @pytest.mark.parametrize("implementation", ["xla", "explicit"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_fewer_heads_of_keys_serve_neighbouring_queries(implementation, kv_heads):
+    q = qkv(heads=4)[0]
+    _, k, v = qkv(heads=kv_heads, seed=5)
+    mask = random_mask((B, 4, S, T))
+    _, expected = oracle.softmax_attention(*oracle.f64([q, k, v]), mask, scale=0.9)
+    out = attend(q, k, v, mask=mask, scale=0.9, implementation=implementation)
+    oracle.assert_close(out, expected)
+
+
+def test_splash_attention_takes_fewer_heads_of_keys_and_a_scale():
+    q = qkv(queries=5, keys=5, heads=4, head_dim=64, batch=1)[0]
+    _, k, v = qkv(queries=5, keys=5, heads=2, head_dim=64, batch=1, seed=5)
+    _, expected = oracle.softmax_attention(*oracle.f64([q, k, v]), None, True, scale=0.3)
+    out = attend(q, k, v, is_causal=True, scale=0.3, implementation="splash")
+    oracle.assert_close(out, expected)
+
+
+def test_capped_logits_equal_the_oracle_and_only_explicit_attention_can():
+    q, k, v = qkv(seed=2)
+    _, expected = oracle.softmax_attention(*oracle.f64([2 * q, k, v]), cap=1.5)
+    oracle.assert_close(attend(2 * q, k, v, logit_cap=1.5), expected)
+    assert choose_implementation("cuda", "bfloat16", SHORT, SHORT, has_cap=True) == "explicit"
+    for name in ("xla", "splash"):
+        with pytest.raises(ValueError, match="cannot cap logits"):
+            attend(q, k, v, logit_cap=1.5, implementation=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "explicit"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_causal_attention_equals_the_oracle(implementation, with_mask):
     q, k, v = qkv(keys=S)
@@ -161,7 +190,7 @@ def test_few_queries_over_many_keys_do_not_ask_for_splash():
 
 def test_auto_asks_for_the_kernel_of_the_platform_that_is_given(monkeypatch):
     called = []
-    fake = lambda q, k, v, mask, is_causal, platform: called.append(platform) or v[:, :2]  # noqa: E731
+    fake = lambda q, k, v, *rest: called.append(rest[-1]) or v[:, :2]  # noqa: E731
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "cudnn", fake)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(queries=2))
     attend(q, k, v, platform="cuda")
@@ -178,6 +207,8 @@ def test_wrong_calls_name_the_rule_and_the_choices():
         attend(q, k, v, mask=random_mask((B, 1, S, T)), implementation="splash")
     with pytest.raises(ValueError, match="shapes must be"):
         attend(q, k, v[:, :3])
+    with pytest.raises(ValueError, match="heads of keys must divide those of queries, got 2 for 3"):
+        attend(q, k[:, :, :2], v[:, :, :2])
 
 
 def test_masks_combine_by_conjunction():

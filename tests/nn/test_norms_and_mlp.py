@@ -8,7 +8,7 @@ import pytest
 
 from flax_vlm.nn.initializers import INITS
 from flax_vlm.nn.mlp import ACTIVATIONS, Mlp
-from flax_vlm.nn.norms import LayerNorm, l2_normalize
+from flax_vlm.nn.norms import LayerNorm, RMSNorm, l2_normalize
 from tests.nn import oracle
 
 
@@ -97,3 +97,34 @@ def test_initialisers_have_the_spread_of_the_papers_code(scheme, part, shape, st
     value = getattr(INITS[scheme](256, 8), part)(jax.random.key(0), shape, jnp.float32)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(np.std(value), std, rtol=0.05)
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm_equals_the_oracle_in_float32_for_large_and_for_half_precision_inputs(plus_one):
+    x = 300 + np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    module = RMSNorm(0.1, plus_one=plus_one)
+    params = oracle.random_params(module, x)
+    scale = np.asarray(params["scale"], np.float64) + plus_one
+    oracle.assert_close(
+        oracle.apply(module, params, x), oracle.rms_norm(scale, x.astype(np.float64), 0.1)
+    )
+    half = jnp.asarray(x / 100, jnp.bfloat16)
+    expected = oracle.rms_norm(scale, np.asarray(half, np.float64), 0.1)
+    out = oracle.apply(module, params, half)
+    assert out.dtype == jnp.bfloat16
+    oracle.assert_close(out, expected, 2**-8)  # rounded once, at the end
+    initial = module.init(jax.random.key(0), x)["params"]["scale"]
+    assert (np.asarray(initial) + plus_one == 1).all()
+
+
+def test_a_gated_mlp_without_biases_has_three_kernels_alone():
+    x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    module = Mlp(7, activation="silu", gated=True, use_bias=False)
+    params = oracle.random_params(module, x)
+    assert {k: set(v) for k, v in params.items()} == {
+        name: {"kernel"} for name in ("fc1", "gate", "fc2")
+    }
+    p = oracle.f64(params)
+    gate = oracle.ACTIVATIONS["silu"](x @ p["gate"]["kernel"])
+    expected = (gate * (x @ p["fc1"]["kernel"])) @ p["fc2"]["kernel"]
+    oracle.assert_close(oracle.apply(module, params, x), expected)
