@@ -173,9 +173,9 @@ def tower_costs(
     for name, tower in towers.items():
         function = next((f for kind, f in table if isinstance(tower, kind)), None)
         if function is None:
+            known = [kind.__name__ for kind, _ in table]
             raise ValueError(
-                f"there is a formula for {[kind.__name__ for kind, _ in table]}, alone or as towers, "
-                f"got {type(tower).__name__}"
+                f"there is a formula for {known}, alone or as towers, got {type(tower).__name__}"
             )
         size = text_length if isinstance(tower, (TextEncoder, LanguageModel)) else image_size
         costs[name] = function(tower, size, **options)
