@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,6 @@ Params = dict[str, Any]
 CONFIG = "config.json"
 READERS = 4  # threads that read layers of one leaf
 BLOCK = 64  # rows of a tensor that are transposed at once: they stay in the processor's cache
-ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +165,20 @@ def _read_part(
     for index, rows in entry.layout.row_blocks(part.shape, BLOCK):
         block = target[index]
         whole = None if rows is None else (first + rows[0], first + rows[1])
-        tensor = read_tensor(stored, whole or part.rows)
+        # converted first: NumPy converts bfloat16 three times slower where it transposes too
+        tensor = read_tensor(stored, whole or part.rows).astype(value.dtype, copy=False)
         block[...] = entry.layout.to_leaf(tensor, block.shape)
 
 
 def empty(shape: Shape, dtype: Any) -> np.ndarray:
-    """Returns an array that starts where JAX's CPU backend takes it as it is, without a copy."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+    """Returns an array of fresh pages, which JAX's CPU backend takes as it is, without a copy.
+
+    `np.empty` would ask Linux for huge pages: where memory is fragmented by files, as it is after
+    reading large ones, the system compacts it first, which took longer than the loading.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, count * np.dtype(dtype).itemsize, access=mmap.ACCESS_COPY)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def check_tied(tensors: Mapping[str, StoredTensor], ignored: Sequence[Ignored]) -> None:

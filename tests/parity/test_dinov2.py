@@ -29,6 +29,10 @@ CONFIGS = {
     "plain": (hf.Dinov2Model, dict(image_size=30, patch_size=10)),
     "giant": (hf.Dinov2Model, dict(image_size=21, patch_size=3, use_swiglu_ffn=True)),
     "registers": (hf.Dinov2WithRegistersModel, dict(image_size=28, patch_size=14)),
+    "giant whose width of 20 becomes 24": (
+        hf.Dinov2Model,
+        dict(image_size=30, patch_size=10, use_swiglu_ffn=True, hidden_size=15),
+    ),
     "giant with three registers": (
         hf.Dinov2WithRegistersModel,
         dict(image_size=30, patch_size=10, use_swiglu_ffn=True, num_register_tokens=3),
@@ -39,7 +43,7 @@ CONFIGS = {
 def make(name):
     kind, kwargs = CONFIGS[name]
     config = {hf.Dinov2Model: hf.Dinov2Config}.get(kind, hf.Dinov2WithRegistersConfig)
-    return randomise(kind(config(**SMALL, **kwargs)))
+    return randomise(kind(config(**{**SMALL, **kwargs})))
 
 
 @torch.no_grad()
