@@ -150,11 +150,17 @@ def test_a_prefix_is_read_once_and_continued_by_questions_of_several_lengths():
 
 
 def test_a_conversation_goes_on_from_the_cache_of_the_answer():
-    first = generate(MODEL, PARAMS, prompt(TEXTS[:1]), max_new_tokens=3)
-    again = np.array([[5, 7]], np.int32)
-    out = tokens_of(Prompt(again, prefix=first.cache))
-    whole = tokens_of([[*TEXTS[0], *np.asarray(first.tokens)[0].tolist(), 5, 7]])
-    np.testing.assert_array_equal(out, whole)
+    stop = int(GREEDY[1, 0])  # row 1 ends at once
+    first = generate(MODEL, PARAMS, prompt(), max_new_tokens=3, stop_ids=[stop])
+    said = [
+        row[:n] for row, n in zip(np.asarray(first.tokens).tolist(), first.lengths, strict=True)
+    ]
+    again = np.array([[5, 7], [0, 9], [3, 4]], np.int32)
+    mask = again > 0
+    out = tokens_of(Prompt(again, mask=mask, prefix=first.cache))
+    asked = [row[keep].tolist() for row, keep in zip(again, mask, strict=True)]
+    whole = [[*a, *b, *c] for a, b, c in zip(TEXTS, said, asked, strict=True)]
+    np.testing.assert_array_equal(out, tokens_of(whole))
 
 
 def exact_probabilities(logits, temperature, top_k, top_p):
@@ -216,6 +222,8 @@ def test_draws_depend_on_the_key_and_the_row_but_not_on_neighbours():
     np.testing.assert_array_equal(out[:2], tokens_of(same[:2], **options))
     assert len({tuple(row) for row in out.tolist()}) == 3
     assert not np.array_equal(out, tokens_of(same, **{**options, "key": jax.random.key(2)}))
+    hot = tokens_of(sampling=Sampling(temperature=1e6), key=jax.random.key(1))
+    assert all(len(set(row)) > 2 for row in hot.tolist())  # every step draws anew
     cold = dict(sampling=Sampling(temperature=1e-4), key=jax.random.key(1))
     np.testing.assert_array_equal(tokens_of(**cold), GREEDY)
     one = dict(sampling=Sampling(top_k=1), key=jax.random.key(1))

@@ -127,6 +127,8 @@ def test_int8_weights_are_a_quarter_of_the_bytes_and_off_by_half_a_step(tied):
     model, params = make(**size)
     small = quantize(params)
     assert num_bytes(small) < 0.3 * num_bytes(params)
+    scales = {name: small["blocks"]["attention"][name]["kernel"]["scale_of_int8"] for name in "qo"}
+    assert scales["q"].shape == (3, 1, 4, 6) and scales["o"].shape == (3, 1, 1, 64)
     steps = jax.tree.map(lambda x: np.abs(x).max() / 127, params)
     off = jax.tree.map(lambda a, b, s: np.abs(a - b).max() / s, dequantize(small), params, steps)
     assert max(jax.tree.leaves(off)) <= 0.5001
