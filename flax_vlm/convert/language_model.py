@@ -242,46 +242,38 @@ def write(model_type: str, model: nn.Module) -> dict[str, Any]:
     return dict(architectures=[CLASSES[model_type]], **write_fields(model_type, model))
 
 
-def decoder_rules(tensor: str, leaf: str = "") -> list[Rule]:
-    """Returns the table of a decoder, the output left out.
+def decoder_rules(
+    model: LanguageModel, tensor: str = "model.", head: str = "", leaf: str = ""
+) -> list[Rule]:
+    """Returns the table of all families.
 
     Args:
-        tensor: prefix of the tensors' names, "model.".
+        model: the language model.
+        tensor: prefix of the decoder's tensors.
+        head: prefix of lm_head.
         leaf: prefix of the leaves' paths, "language_model/" in a larger model.
     """
     layer, block = f"{tensor}layers.{{layer}}", f"{leaf}blocks"
     attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    norms = {"post_attention_layernorm": "norm2"}
+    if model.post_norms:  # the first of these names means another norm then
+        norms = {
+            "post_attention_layernorm": "post_norm1",
+            "pre_feedforward_layernorm": "norm2",
+            "post_feedforward_layernorm": "post_norm2",
+        }
     return [
         rule(f"{tensor}embed_tokens.weight", f"{leaf}embedding/embedding"),
+        *norm(f"{layer}.input_layernorm", f"{block}/norm1"),
         *attention([f"{attn}.{n}_proj" for n in "qkv"], f"{attn}.o_proj", f"{block}/attention"),
         *norm(f"{attn}.q_norm", f"{block}/attention/q_norm"),
         *norm(f"{attn}.k_norm", f"{block}/attention/k_norm"),
+        *(r for name, ours in norms.items() for r in norm(f"{layer}.{name}", f"{block}/{ours}")),
         *dense(f"{mlp}.gate_proj", f"{block}/mlp/gate"),
         *dense(f"{mlp}.up_proj", f"{block}/mlp/fc1"),
         *dense(f"{mlp}.down_proj", f"{block}/mlp/fc2"),
-        *norm(f"{layer}.input_layernorm", f"{block}/norm1"),
         *norm(f"{tensor}norm", f"{leaf}norm"),
-    ]
-
-
-def norm2_rules(model: LanguageModel, tensor: str, leaf: str = "") -> list[Rule]:
-    """Returns the rules of the norms whose names depend on whether there are post-norms."""
-    layer, block = f"{tensor}layers.{{layer}}", f"{leaf}blocks"
-    if not model.post_norms:
-        return norm(f"{layer}.post_attention_layernorm", f"{block}/norm2")
-    return [
-        *norm(f"{layer}.post_attention_layernorm", f"{block}/post_norm1"),
-        *norm(f"{layer}.pre_feedforward_layernorm", f"{block}/norm2"),
-        *norm(f"{layer}.post_feedforward_layernorm", f"{block}/post_norm2"),
-    ]
-
-
-def rules(model: nn.Module) -> list[Rule]:
-    """Returns the table of all families."""
-    return [
-        *decoder_rules("model."),
-        *norm2_rules(model, "model."),
-        rule("lm_head.weight", "lm_head/kernel", DENSE),
+        rule(f"{head}lm_head.weight", f"{leaf}lm_head/kernel", DENSE),
     ]
 
 
@@ -299,7 +291,7 @@ FAMILIES: dict[str, Family] = {
         (LanguageModel,),
         functools.partial(read, model_type),
         functools.partial(write, model_type),
-        rules,
+        decoder_rules,
         renames=RENAMES,
         ignored=IGNORED,
     )

@@ -198,7 +198,8 @@ def _slots(prompt: Prompt, new: int) -> int:
     if (prompt.text is None) == (prompt.embeddings is None):
         raise ValueError("a prompt is text or embeddings, give one of the two")
     batch, length = prompt.shape
-    if prompt.mask is not None:
+    # over several processes no single one can look at all rows
+    if prompt.mask is not None and getattr(prompt.mask, "is_fully_addressable", True):
         blind = np.flatnonzero(~np.asarray(prompt.mask).any(axis=1))
         if len(blind):
             raise ValueError(f"every row of a prompt needs a real token, rows {blind} have none")

@@ -23,7 +23,6 @@ from flax import linen as nn
 
 from flax_vlm.build import build, lookup
 from flax_vlm.models.language_model_sizes import PRESETS
-from flax_vlm.models.quantization import dequantize
 from flax_vlm.nn.attention import MultiHeadAttention
 from flax_vlm.nn.decoder import (
     DecoderBlock,
@@ -33,6 +32,7 @@ from flax_vlm.nn.decoder import (
     visible_in_text,
 )
 from flax_vlm.nn.initializers import INITS
+from flax_vlm.nn.int8 import dequantize
 from flax_vlm.nn.kv_cache import KVCache, init_cache
 from flax_vlm.nn.mlp import Mlp
 from flax_vlm.nn.norms import RMSNorm
@@ -136,8 +136,12 @@ class LanguageModel(nn.Module):
         """Creates the parts; their names are the parameter paths."""
         self._check()
         inits = lookup(INITS, self.init_scheme, "init_scheme")(self.width, self.depth)
-        self.embedding = self._stored(Vocabulary)(
-            self.vocab_size, self.width, dtype=self.dtype, init=inits.embedding
+        self.embedding = Vocabulary(
+            self.vocab_size,
+            self.width,
+            is_int8=self.weights == "int8",
+            dtype=self.dtype,
+            init=inits.embedding,
         )
         norm = functools.partial(RMSNorm, self.norm_eps, plus_one=self.norm_plus_one)
         self.blocks = self._scanned()(

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from flax_vlm.models.language_model import build_language_model
 from flax_vlm.models.parameter_shapes import parameter_shapes
-from flax_vlm.models.quantization import dequantize, quantize
+from flax_vlm.models.quantization import quantize
+from flax_vlm.nn.int8 import dequantize
 from flax_vlm.training import sharding
 from flax_vlm.trees import num_bytes
 from tests.nn import oracle
@@ -137,6 +138,17 @@ def test_int8_weights_are_a_quarter_of_the_bytes_and_off_by_half_a_step(tied):
     oracle.assert_close(logits, exact)
     error = np.abs(logits - run(model, params, TEXT).logits)
     assert 1e-4 < error.mean() < 0.05  # logits are spread by 1.3
+
+
+def test_attention_maps_of_all_layers_can_be_asked_for():
+    out, state = MODEL.apply({"params": PARAMS}, TEXT, mutable=["intermediates"])
+    (weights,) = state["intermediates"]["blocks"]["attention"]["attention_weights"]
+    assert weights.shape == (3, 2, 4, 6, 6)
+    oracle.assert_close(weights.sum(-1), np.ones((3, 2, 4, 6)))
+    seen = np.asarray(weights) > 0
+    s, t = np.indices((6, 6))
+    assert (seen[0] == ((t <= s) & (s - t < 3))).all() and (seen[1] == (t <= s)).all()
+    oracle.assert_close(out.logits, run(MODEL, PARAMS, TEXT).logits)
 
 
 def test_parameters_split_over_tensor_give_the_same_logits():

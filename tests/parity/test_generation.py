@@ -126,4 +126,4 @@ def test_cached_logits_equal_those_without_a_cache_past_the_window(name):
         cache = out.cache
         pieces.append(np.asarray(out.logits))
     logits = np.concatenate(pieces, axis=1)
-    assert error(logits[mask], np.asarray(whole)[mask]) <= TOLERANCE
+    assert error(logits[mask], np.asarray(whole)[mask]) <= TOLERANCE / 2
