@@ -30,9 +30,10 @@ import torch
 import transformers
 
 from flax_vlm.convert.saving import save_pretrained
-from flax_vlm.models.generate import Prompt, generate, start
+from flax_vlm.models.generate import generate, start
 from flax_vlm.models.language_model import build_language_model
 from flax_vlm.models.parameter_shapes import parameter_shapes
+from flax_vlm.models.prompts import Prompt
 from flax_vlm.models.quantization import quantize
 from flax_vlm.scaling.decoder_flops import cache_bytes
 from flax_vlm.trees import map_with_path, num_bytes

@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_vlm.models.generate import Prompt, is_stop, next_logits, start
+from flax_vlm.models.generate import is_stop, next_logits, start
 from flax_vlm.models.language_model import LanguageModel
+from flax_vlm.models.prompts import Prompt
 from flax_vlm.nn.kv_cache import KVCache
 
 NEVER = -1e9  # score of what cannot be chosen

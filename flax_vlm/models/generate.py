@@ -17,7 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,35 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_vlm.models.language_model import LanguageModel
+from flax_vlm.models.prompts import Prompt, StopStrings
 from flax_vlm.models.sampling import Sampling, check_sampling, choose_tokens
 from flax_vlm.nn.kv_cache import KVCache
 
 STOP_STRING_EVERY = 8  # tokens between two looks of the host for stop strings
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is read before anything is generated.
-
-    Attributes:
-        text: [B, S] int32 token ids; or None.
-        embeddings: [B, S, D] in place of the text, visual tokens among them; or None.
-        mask: [B, S] bool, True = real token; None if all are. Pad on the left, so that what is
-            generated follows; padding elsewhere changes nothing either.
-        prefix: the cache of `read_prefix`, of one row or of B: what stands before; or None.
-    """
-
-    text: Any = None
-    embeddings: Any = None
-    mask: Any = None
-    prefix: KVCache | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, S)."""
-        given = self.embeddings if self.text is None else self.text
-        return given.shape[0], given.shape[1]
 
 
 @jax.tree_util.register_dataclass
@@ -80,56 +56,6 @@ class Generation:
     keys: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class StopStrings:
-    """Ends a row whose text holds one of some strings; the host looks, tokens know no strings.
-
-    Attributes:
-        decode: token ids -> text.
-        strings: none of them empty.
-    """
-
-    decode: Callable[[Sequence[int]], str]
-    strings: tuple[str, ...]
-
-    def cut(self, tokens: Sequence[int]) -> str:
-        """Returns the text before the first stop string, all of it if there is none."""
-        text = self.decode(tokens)
-        found = [i for i in map(text.find, self.strings) if i >= 0]
-        return text[: min(found)] if found else text
-
-    def found(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Returns [B] bool: rows with a stop string."""
-        texts = [self.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
-        return np.array([any(s in text for s in self.strings) for text in texts])
-
-
-def left_pad(
-    prompts: Sequence[Sequence[int]], pad_id: int = 0, multiple: int = 64
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (text [B, S] int32, mask [B, S] bool), padded on the left.
-
-    Args:
-        prompts: token ids, at least one each.
-        pad_id: what padding is filled with; nobody sees it.
-        multiple: S is one of it, so that prompts of many lengths share one compiled program.
-
-    Raises:
-        ValueError: if a prompt is empty.
-    """
-    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty or not len(prompts):
-        raise ValueError(f"a prompt needs at least one token, those of rows {empty} have none")
-    length = max(map(len, prompts))
-    length += -length % multiple
-    text = np.full((len(prompts), length), pad_id, np.int32)
-    mask = np.zeros(text.shape, bool)
-    for row, prompt in enumerate(prompts):
-        text[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return text, mask
-
-
 def read_prefix(
     model: LanguageModel, params: Any, prompt: Prompt, cache_dtype: str | None = None
 ) -> KVCache:
@@ -140,7 +66,7 @@ def read_prefix(
         model: the language model.
         params: its parameters.
         prompt: what stands before; it may have a prefix itself.
-        cache_dtype: of the cache; None takes the model's.
+        cache_dtype: of the cache, and of all that go on from it; None takes the model's.
     """
     capacity = _slots(prompt, 0)
     return _read(model, capacity, cache_dtype, params, prompt)[1]
@@ -167,7 +93,8 @@ def start(
         key: random key of all rows; None is enough for greedy decoding.
         capacity: slots of the cache; None takes what is needed. One for all requests makes them
             share a compiled program.
-        cache_dtype: of the cache, "float32", "bfloat16" or "int8"; None takes the model's.
+        cache_dtype: of the cache, "float32", "bfloat16" or "int8"; None takes the model's. A
+            prefix keeps its own.
         pad_id: what `tokens` is filled with.
 
     Raises:
@@ -220,6 +147,7 @@ def _read(
         cache = model.init_cache(batch, capacity, cache_dtype)
     else:
         rows = jnp.arange(batch) % prompt.prefix.k.shape[1]
+        model.check_capacity(capacity)
         cache = prompt.prefix.take(rows).grow(capacity)
     variables = {"params": params}
     x = prompt.embeddings

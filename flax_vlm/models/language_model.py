@@ -241,8 +241,15 @@ class LanguageModel(nn.Module):
             dtype: of the store, "int8" for half the bytes of bfloat16; None takes the model's.
 
         Raises:
-            ValueError: if the rotary embedding depends on the length of the sequence and the cache
-                is longer than the context that was trained on.
+            ValueError: see `check_capacity`.
+        """
+        self.check_capacity(capacity)
+        dtype = dtype or self.dtype
+        return init_cache(self.depth, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
+
+    def check_capacity(self, capacity: int) -> None:
+        """Raises ValueError if the rotary embedding depends on the length of the text and a cache
+        of so many slots is longer than the context that was trained on.
         """
         if self.rope_scaling.needs_length and capacity > self.rope_scaling.context:
             raise ValueError(
@@ -250,8 +257,6 @@ class LanguageModel(nn.Module):
                 f"{self.rope_scaling.context} tokens trained on, which a cache cannot; "
                 f"got a cache of {capacity}, make it shorter or use linear or yarn scaling"
             )
-        dtype = dtype or self.dtype
-        return init_cache(self.depth, batch, capacity, self.num_kv_heads, self.head_dim, dtype)
 
     def embed(self, text: jax.Array) -> jax.Array:
         """Returns the embeddings of tokens [B, S, D], scaled where the model scales them.

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 
 from flax_vlm.models.beam_search import beam_search
-from flax_vlm.models.generate import (
-    Prompt,
-    StopStrings,
-    generate,
-    left_pad,
-    read_prefix,
-    start,
-    stream,
-)
+from flax_vlm.models.generate import generate, read_prefix, start, stream
 from flax_vlm.models.language_model import LanguageModel, build_language_model
 from flax_vlm.models.parameter_shapes import parameter_shapes
+from flax_vlm.models.prompts import Prompt, StopStrings, left_pad
 from flax_vlm.models.quantization import quantize
 from flax_vlm.models.sampling import Sampling, filter_logits
 from flax_vlm.training import sharding

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from flax_vlm.models.generate import read_prefix, start
 from flax_vlm.models.language_model import build_language_model
 from flax_vlm.models.parameter_shapes import parameter_shapes
+from flax_vlm.models.prompts import Prompt
 from flax_vlm.models.quantization import quantize
 from flax_vlm.nn.int8 import dequantize
 from flax_vlm.training import sharding
@@ -207,6 +209,9 @@ def test_dynamic_scaling_has_no_cache_beyond_its_context():
     assert model.init_cache(1, 8).capacity == 8
     with pytest.raises(ValueError, match="outgrows the 8 tokens.*got a cache of 9"):
         model.init_cache(1, 9)
+    prefix = read_prefix(model, PARAMS, Prompt(TEXT[:, :5]))
+    with pytest.raises(ValueError, match="got a cache of 9"):
+        start(model, PARAMS, Prompt(TEXT[:, 5:], prefix=prefix), max_new_tokens=3)
 
 
 def test_a_variant_is_a_row_of_the_table_and_fields_win_over_it():

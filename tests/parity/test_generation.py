@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flax_vlm.models.beam_search import beam_search
-from flax_vlm.models.generate import Prompt, advance, generate, start
+from flax_vlm.models.generate import advance, generate, start
+from flax_vlm.models.prompts import Prompt
 from tests.parity.language_models import VOCAB, case
 from tests.parity.reference import TOLERANCE, build_changed, error
 
