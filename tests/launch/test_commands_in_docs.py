@@ -21,7 +21,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(f for f in (ROOT / "launch").iterdir() if f.is_file()),
-    *sorted((ROOT / "configs").glob("*.py")),
+    *sorted((ROOT / "configs").rglob("*.py")),
 ]
 PROGRAM = re.compile(
     r"(train\.py|eval\.py|-m flax_vlm\.tools\.\w+"
@@ -61,10 +61,14 @@ def flags_of():
     def ask(module):
         if module not in known:
             code = f"import {module}; from absl import flags; print(*flags.FLAGS)"
-            found = subprocess.run(
-                [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            known[module] = set(found.stdout.split())
+            command = [sys.executable, "-c", code]
+            source = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
+            uses_argparse = "import argparse" in source
+            if uses_argparse:
+                command = [sys.executable, "-m", module, "--help"]
+            found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            words = re.findall(r"--(\w+)", found.stdout) if uses_argparse else found.stdout.split()
+            known[module] = set(words)
         return known[module]
 
     return ask
@@ -93,6 +97,10 @@ def test_every_flag_and_config_key_in_a_command_exists(
         spec = importlib.util.spec_from_file_location("recipe", path)
         config = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(config)
+        if path.parent.name == "ladders":
+            argument = recipe.partition(":")[2]
+            assert config.get_ladder(*filter(None, [argument])).rungs()
+            return
         if path.stem in NEEDS_THE_HUB:
             folder = write_folder(tmp_path, "siglip")[0]
             monkeypatch.setattr(
