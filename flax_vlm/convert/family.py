@@ -82,6 +82,8 @@ def fill(config: Config | None, defaults: Config) -> dict[str, Any]:
 
 
 MAY_BE_ZERO = ("eos_token_id", "num_register_tokens", "num_classes")
+# null turns these off
+MAY_BE_NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 MAY_BE_PAIRS = ("image_size", "patch_size", "img_size")
 
 
@@ -90,6 +92,8 @@ def check_kind(key: str, value: Any, default: Any) -> None:
 
     Numbers must be positive; where the default is None, a positive int or nothing is meant.
     """
+    if value is None and key in MAY_BE_NULL:
+        return
     if isinstance(default, bool | str):
         fits, kind = type(value) is type(default), type(default).__name__
     elif isinstance(default, float):

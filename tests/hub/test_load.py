@@ -202,7 +202,7 @@ def test_folders_that_are_neither_are_named(tmp_path):
     with pytest.raises(ValueError, match="must hold config.json"):
         flax_vlm.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"of the family 'bert', supported are \['blip_2"):
+    with pytest.raises(ValueError, match=r"of the family 'bert', supported are \['big_vision"):
         flax_vlm.load(tmp_path)
     with pytest.raises(ValueError, match='is a folder or a hub id "org/name"'):
         flax_vlm.load(tmp_path / "absent" / "run")
