@@ -37,6 +37,12 @@ def save_figure(figure: Figure, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def save_png_and_svg(figure: Figure, stem: pathlib.Path) -> None:
+    """Writes STEM.png and STEM.svg."""
+    for suffix in (".png", ".svg"):
+        save_figure(figure, stem.with_suffix(suffix))
+
+
 def plain_axes(axes: Axes) -> None:
     """Leaves two spines and faint horizontal lines."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.ladders.clusters import slice_for
+from configs.ladders.shapes_sizes import sized
 from flax_vlm.scaling.ladder import Ladder
 
 BATCH = 86_016  # published
@@ -27,20 +28,13 @@ def shapes() -> Ladder:
     """Returns the miniature."""
 
     def changes(width: int, scenes: int) -> dict[str, Any]:
-        sizes = {"width": width, "depth": 3, "mlp_dim": 4 * width}
-        steps = scenes // SHAPES_BATCH
         return {
-            **{f"model.{t}.{f}": value for t in ("image", "text") for f, value in sizes.items()},
-            "model.embed_dim": width,
+            **sized(width, scenes // SHAPES_BATCH),
             "objective.pair_loss.name": "softmax",
             "data.options.train_size": 80_000,
             "batch_size": SHAPES_BATCH,
-            "steps": steps,
             "optimizer.lr": 2e-3 * 64 / width,
             "log_every": 1,
-            "checkpoint.every": steps,
-            "evals.retrieval.every": 0,
-            "evals.swapped.every": 0,
         }
 
     return Ladder(

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.ladders.clusters import slice_for
+from configs.ladders.shapes_sizes import sized
 from flax_vlm.scaling.ladder import Ladder
 
 BATCH, EXAMPLES = 32_768, 2_560_000_000
@@ -34,20 +35,7 @@ def shapes() -> Ladder:
     """Returns the miniature."""
 
     def changes(width: int, tokens: int) -> dict[str, Any]:
-        towers = {
-            f"model.{tower}.{field}": value
-            for tower in ("image", "text")
-            for field, value in {"width": width, "depth": 3, "mlp_dim": 4 * width}.items()
-        }
-        return {
-            **_image(8 * round(tokens**0.5)),
-            **towers,
-            "model.embed_dim": width,
-            "steps": 300,
-            "checkpoint.every": 300,
-            "evals.retrieval.every": 0,
-            "evals.swapped.every": 0,
-        }
+        return {**sized(width, 300), **_image(8 * round(tokens**0.5))}
 
     return Ladder(
         config="configs/siglip_shapes.py",

@@ -45,10 +45,15 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         source: a folder in the Hugging Face format or a hub id.
 
     Raises:
-        ValueError: if the folder is none of a supported family.
+        ValueError: if the folder is none of a supported family, or of a language model.
     """
     folder = find_folder(source)
-    _, spec = read_spec(folder)
+    model_type, spec = read_spec(folder)
+    if spec["name"] == "language_model":
+        raise ValueError(
+            f"this needs a vision model, {source} is a language model ({model_type}); "
+            f"convert.loading.load_pretrained reads it, docs/generation.md shows how"
+        )
     processor = load_processor(folder, spec)
     recipe, text = processor.image_recipe, processor.text_recipe
     objective = {"name": "classification"} if "num_classes" in spec else ENCODER

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from flax_vlm.figures import save_figure
+from flax_vlm.figures import save_png_and_svg
 from flax_vlm.scaling.fitting import Fit, fit
 from flax_vlm.scaling.laws import LAWS, Law
 from flax_vlm.scaling.plots import law_figure
@@ -119,8 +119,7 @@ def write(out: pathlib.Path, found: Fit, report: dict[str, Any], shown: dict[str
         names = (FLAGS.x, FLAGS.y.replace("-", " - "))
         labels = [name + unit for name, unit in zip(names, units, strict=True)]
         figure = law_figure(found, x_label=labels[0], y_label=labels[1], **shown)
-        for suffix in ("png", "svg"):
-            save_figure(figure, out / f"law.{suffix}")
+        save_png_and_svg(figure, out / "law")
 
 
 def main(argv: list[str]) -> int:

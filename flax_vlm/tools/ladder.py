@@ -14,7 +14,8 @@ r"""Runs a ladder of configs/ladders/ rung by rung, and makes a table, a law and
 again with the same command. `collect` writes OUT/table.json and OUT/table.csv from the rungs that
 are done; `plot` draws OUT/plot.png and .svg from the table; `fit` fits a law over compute to it,
 compares the rungs that were held out with what it predicts, and writes OUT/law.json, .png and .svg.
-`commands` prints what starts each rung on a cluster. Start it where train.py lies.
+`commands` prints what starts each rung on a cluster; what the launch files want besides, such as
+ZONE and SETUP, is in their heads. Start it where train.py lies.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import csv
 import json
 import pathlib
+import re
 import runpy
 import shlex
 import signal
@@ -33,10 +35,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from flax_vlm import trees
-from flax_vlm.figures import save_figure
+from flax_vlm.figures import save_png_and_svg
 from flax_vlm.program import Program, plain
 from flax_vlm.scaling.fitting import fit
 from flax_vlm.scaling.ladder import Ladder, Rung
@@ -184,9 +185,10 @@ LAUNCHERS = {
         ["sbatch", f"--nodes={machine['nodes']}", f"--job-name={name}", "launch/slurm.sh"]
         + arguments
     ),
-    "tpu": lambda name, arguments, machine: (
+    "tpu": lambda name, arguments, machine: " && ".join(
         f"ACCELERATOR={machine['accelerator']} "
-        + shlex.join(["launch/tpu_vm.sh", "train", name, *arguments])
+        + shlex.join(["launch/tpu_vm.sh", verb, name, *(arguments if verb == "train" else ())])
+        for verb in ("create", "install", "train", "delete")
     ),
     "aot": lambda name, arguments, machine: shlex.join(
         ["python", "-m", "flax_vlm.tools.aot_compile", f"--topology={machine['topology']}"]
@@ -205,7 +207,7 @@ def commands(ladder: Ladder, out: pathlib.Path, on: str) -> list[str]:
         raise ValueError("this ladder runs here: it has no `machine` for a cluster")
     lines = []
     for rung in ladder.rungs():
-        name = rung.name.replace("/", ".").replace("_", "-").lower()
+        name = re.sub("[^a-z0-9]+", "-", rung.name.lower())  # what a TPU may be called
         config, *changes = rung.flags()
         arguments = [config.removeprefix("--config="), str(out / rung.name), *changes]
         lines.append(LAUNCHERS[on](name, arguments, ladder.machine(**rung.dials)))
@@ -243,7 +245,7 @@ def plot(ladder: Ladder, out: pathlib.Path) -> None:
         title=f"{ladder.config.partition(':')[0]}: {metric} over {ladder.x}",
         note=" ".join(notes),
     )
-    _save(figure, out / "plot")
+    save_png_and_svg(figure, out / "plot")
 
 
 def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
@@ -283,13 +285,8 @@ def fit_law(ladder: Ladder, out: pathlib.Path, form: str) -> dict[str, Any]:
         held_out=apart,
         beyond=1.0 if apart else 3.0,
     )
-    _save(figure, out / "law")
+    save_png_and_svg(figure, out / "law")
     return report
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    for suffix in (".png", ".svg"):
-        save_figure(figure, path.with_suffix(suffix))
 
 
 def _plot(ladder: Ladder, options: argparse.Namespace) -> None:

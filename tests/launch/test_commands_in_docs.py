@@ -83,8 +83,7 @@ def test_there_are_commands_to_check():
 def test_every_flag_and_config_key_in_a_command_exists(
     module, arguments, flags_of, tmp_path, monkeypatch
 ):
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not there yet")
+    assert importlib.util.find_spec(module), f"there is no {module}"
     flags = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
     unknown = {f.replace("-", "_") for f in flags if not f.startswith("config.")} - flags_of(module)
     assert not unknown

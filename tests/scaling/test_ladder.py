@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -135,15 +136,17 @@ def test_a_cluster_gets_one_whole_command_per_rung():
         "--config.objective.pair_loss.name=softmax --config.batch_size=307200 "
         "--config.steps=29297 --config.seed=0"
     )
-    name, folder = "billions-9.loss-softmax.batch-307200.seed-0", ladder.rungs()[-1].name
+    name, folder = "billions-9-loss-softmax-batch-307200-seed-0", ladder.rungs()[-1].name
     assert slurm[-1] == (
         f"sbatch --nodes=8 --job-name={name} launch/slurm.sh {data} "
         f"/shared/sweep/{folder} {changes}"
     )
+    start = "ACCELERATOR=v5litepod-256 launch/tpu_vm.sh"
     assert tpu[-1] == (
-        f"ACCELERATOR=v5litepod-256 launch/tpu_vm.sh train {name} {data} "
-        f"/shared/sweep/{folder} {changes}"
+        f"{start} create {name} && {start} install {name} && "
+        f"{start} train {name} {data} /shared/sweep/{folder} {changes} && {start} delete {name}"
     )
+    assert all(re.fullmatch("[a-z][a-z0-9-]{0,62}", line.split()[3]) for line in tpu)
     assert aot[-1] == (
         f"python -m flax_vlm.tools.aot_compile --topology=v5e:16x16 --config={data} {changes}"
     )
