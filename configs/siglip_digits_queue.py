@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart's towers with batches of 16: negatives from a momentum queue, or from the batch.
+r"""The quickstart's towers with batches of 16: negatives from a momentum queue, or from the batch.
 
     python train.py --config configs/siglip_digits_queue.py --workdir runs/siglip_digits_queue
     python train.py --config configs/siglip_digits_queue.py:batch --workdir runs/siglip_digits_16
+    python -m flax_vlm.tools.seeds --config configs/siglip_digits_queue.py:batch \
+        --config configs/siglip_digits_queue.py:queue --seeds 0,1,2 \
+        --metric zero_shot/accuracy --out runs/queue
 
 `queue` (the default) compares every image with the texts of its batch and up to 512 earlier ones,
 and the reverse; `batch` with those of the batch alone. Both take the softmax loss.

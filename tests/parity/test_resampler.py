@@ -4,11 +4,10 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from flax_vlm.nn.connectors import pixel_shuffle  # noqa: E402
-from flax_vlm.nn.resampler import PerceiverResampler  # noqa: E402
+from flax_vlm.nn.connectors import pixel_shuffle
+from flax_vlm.nn.resampler import PerceiverResampler
 
 D, HEADS, HEAD_DIM, LATENTS, DEPTH = 24, 3, 10, 7, 2
 
