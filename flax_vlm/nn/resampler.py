@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_vlm.build import lookup
 from flax_vlm.nn.attention import attend
-from flax_vlm.nn.mlp import ACTIVATIONS
+from flax_vlm.nn.mlp import Mlp
 from flax_vlm.nn.norms import LayerNorm
 
 
@@ -88,8 +87,6 @@ class PerceiverAttention(nn.Module):
 class ResamplerBlock(nn.Module):
     """One layer: latents + attention(latents, x), then latents + mlp(norm(latents)).
 
-    mlp(y) = fc2(activation(fc1(y)))
-
     Attributes:
         attention: arguments of PerceiverAttention.
         mlp_dim: M.
@@ -115,15 +112,15 @@ class ResamplerBlock(nn.Module):
             x: [B, P, D].
             mask: [B, 1, 1, P + Q] bool, True = may be attended to; None keeps all.
         """
-        dense = dict(use_bias=False, dtype=self.dtype)
-        activation = lookup(ACTIVATIONS, self.activation, "activation")
         shared = dict(norm_eps=self.norm_eps, dtype=self.dtype)
         latents += PerceiverAttention(**self.attention, **shared, name="attention")(
             latents, x, mask
         )
         h = LayerNorm(self.norm_eps, name="mlp_norm")(latents)
-        h = activation(nn.Dense(self.mlp_dim, name="fc1", **dense)(h))  # [B, Q, M]
-        return latents + nn.Dense(latents.shape[-1], name="fc2", **dense)(h), None
+        h = Mlp(
+            self.mlp_dim, activation=self.activation, use_bias=False, dtype=self.dtype, name="mlp"
+        )(h)
+        return latents + h, None
 
 
 class PerceiverResampler(nn.Module):

@@ -65,8 +65,8 @@ def oracle(model, params, x, mask=None):
             scores /= scores.sum(-1, keepdims=True)
             out = np.einsum("nqt,tnk->qnk", scores, v)
             latents = latents + np.einsum("qnk,nkd->qd", out, a["o"]["kernel"])
-            hidden = norm(latents, p["mlp_norm"]) @ p["fc1"]["kernel"]
-            latents = latents + RELU[model.activation](hidden) @ p["fc2"]["kernel"]
+            hidden = norm(latents, p["mlp_norm"]) @ p["mlp"]["fc1"]["kernel"]
+            latents = latents + RELU[model.activation](hidden) @ p["mlp"]["fc2"]["kernel"]
         results.append(norm(latents, params["norm"]))
     return np.stack(results)
 
@@ -147,8 +147,8 @@ def test_a_mesh_changes_no_output_and_splits_heads_over_tensor(monkeypatch):
     specs = {p: leaf.sharding.spec for p, leaf in trees.named_leaves(placed).items()}
     assert specs["blocks/attention/q/kernel"][2] == "tensor"
     assert specs["blocks/attention/o/kernel"][1] == "tensor"
-    assert specs["blocks/fc1/kernel"][2] == "tensor"
-    assert specs["blocks/fc2/kernel"][1] == "tensor"
+    assert specs["blocks/mlp/fc1/kernel"][2] == "tensor"
+    assert specs["blocks/mlp/fc2/kernel"][1] == "tensor"
     with jax.set_mesh(mesh):
         rows = jax.device_put(jnp.asarray(x), sharding.batch_sharding(mesh))
         found = jax.jit(lambda p, x: model.apply({"params": p}, x))(placed, rows)

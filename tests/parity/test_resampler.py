@@ -56,8 +56,10 @@ def ours(model, qk_norm):
             {
                 "attention": attention,
                 "mlp_norm": norm(f"{f}.ln"),
-                "fc1": {"kernel": kernel(f"{f}.fc")},
-                "fc2": {"kernel": kernel(f"{f}.c_proj")},
+                "mlp": {
+                    "fc1": {"kernel": kernel(f"{f}.fc")},
+                    "fc2": {"kernel": kernel(f"{f}.c_proj")},
+                },
             }
         )
     params = {
