@@ -31,7 +31,8 @@ class Programs:
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
+        # re-entrant: a second signal may come while the first one's handler holds it
+        self._lock = threading.RLock()
         self.stopping = False
 
     def run(self, name: str, arguments: Sequence[str], folder: pathlib.Path) -> None:

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from flax_vlm.tools.runs import Programs
 from tests.integration.conftest import ROOT, TINY
 
 LADDER = """
@@ -118,6 +120,22 @@ def test_a_rung_that_fails_ends_the_tool_with_its_words_and_code(ladder):
     )  # fmt: skip
     assert failed.returncode == 1
     assert "steps: 200 in the workdir, 201 now" in failed.stderr
+
+
+def test_a_second_signal_while_the_first_is_handled_does_not_hang():
+    programs, told = Programs(), []
+
+    class Program:
+        def terminate(self):
+            told.append(self)
+            if len(told) == 1:
+                programs.stop()  # what the handler does when another SIGTERM comes just here
+
+    programs._running.add(Program())
+    thread = threading.Thread(target=programs.stop, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and len(told) == 2 and programs.stopping
 
 
 @pytest.mark.parametrize(
