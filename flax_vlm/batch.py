@@ -29,6 +29,9 @@ KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text": ("B L", ("int32",)),
     "text_mask": ("B L", ("bool",)),  # True = real token
     "loss_mask": ("B L", ("bool",)),  # True = supervised
+    "visual_index": ("B L", ("int32",)),  # which visual token a placeholder in `text` stands for
+    "segments": ("B L", ("int32",)),  # number of the text that a token belongs to, where packed
+    "positions": ("B L", ("int32",)),  # of the tokens in their own texts, where packed
     "text_id": ("B", ("int32",)),  # equal for equal captions: such pairs must not be pushed apart
     "label": ("B", ("int32",)),
     "example_mask": ("B", ("bool",)),  # False = padding row, or an example that could not be read

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from flax_vlm.models.clip import build_clip
 from flax_vlm.models.language_model import build_language_model
+from flax_vlm.models.llava import build_llava
 from flax_vlm.models.siglip import build_siglip
 from flax_vlm.models.vit import build_vit
 
@@ -15,4 +16,5 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "clip": build_clip,
     "siglip": build_siglip,
     "language_model": build_language_model,
+    "llava": build_llava,
 }

@@ -233,16 +233,38 @@ class VisionTransformer(nn.Module):
         pooled = self.head(output.pooled)
         return VisionOutput(output.tokens, jnp.tanh(pooled) if self.head_tanh else pooled)
 
+    def features(
+        self, image: jax.Array, layer: int | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Returns [B, T, D], what a language model is shown.
+
+        Args:
+            image: [B, H, W, C] float32, normalised.
+            layer: of how many blocks, without the final norm; None of all, with it.
+            train: dropout and patch dropout are on.
+        """
+        return self._tokens(image, train=train, layer=layer)
+
     def _encode(
         self, image: jax.Array, *, train: bool, masked: jax.Array | None = None
     ) -> VisionOutput:
+        tokens = self._tokens(image, train=train, masked=masked)
+        return VisionOutput(tokens, self._pool(tokens))
+
+    def _tokens(
+        self,
+        image: jax.Array,
+        *,
+        train: bool,
+        masked: jax.Array | None = None,
+        layer: int | None = None,
+    ) -> jax.Array:
         check_image(image, self.image_size)
         x = self._embed(image, train=train, masked=masked)  # [B, T, D]
         x = self.embedding_dropout(x, deterministic=not train)
         if self.pre_norm:
             x = self.ln_pre(x)
-        tokens = self.encoder(x, None, self._rotary(), deterministic=not train)
-        return VisionOutput(tokens, self._pool(tokens))
+        return self.encoder(x, None, self._rotary(), layer=layer, deterministic=not train)
 
     def _embed(self, image: jax.Array, *, train: bool, masked: jax.Array | None) -> jax.Array:
         x = self.patches(image)  # [B, P, D]

@@ -9,6 +9,8 @@ with the depth. `unroll` trades that back for speed and changes no number.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -164,30 +166,43 @@ class Encoder(nn.Module):
         mask: jax.Array | None = None,
         rotary: Rotary | None = None,
         *,
+        layer: int | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Returns [B, S, D] after the final norm.
+        """Returns [B, S, D] after the final norm, or in front of it after some blocks.
 
         Args:
             x: [B, S, D].
             mask: [B|1, N|1, S|1, S] bool, True = keep; None keeps all.
             rotary: angles that q and k are turned by; None turns nothing.
+            layer: how many blocks are run, without the final norm; None runs all, and the norm.
             deterministic: no dropout.
+
+        Raises:
+            ValueError: if there are not so many blocks.
         """
+        if layer is not None and not 0 <= layer <= self.depth:
+            raise ValueError(f"layer must be in 0..{self.depth}, got {layer}")
         policy = lookup(REMAT_POLICIES, self.remat, "remat policy")
         block = Block
         if self.remat != "none":
             # inside a loop nothing can be merged with the forward pass; unrolled layers can, which
             # would undo the saving
             block = nn.remat(Block, policy=policy, prevent_cse=self.unroll > 1)
-        blocks = nn.scan(
+        # all have parameters, whether they are run or not: a checkpoint is read and written whole
+        length = self.depth if layer is None or self.is_initializing() else layer
+        scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=self.unroll,
-        )(
+            length=length,
+            unroll=min(self.unroll, max(length, 1)),
+        )
+        if length < self.depth:
+            first = functools.partial(jax.tree.map, lambda leaf: leaf[:length])
+            scanned = nn.map_variables(scanned, "params", first)
+        blocks = scanned(
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
             inits=lookup(INITS, self.init_scheme, "init_scheme")(x.shape[-1], self.depth),
@@ -205,4 +220,5 @@ class Encoder(nn.Module):
             name="blocks",
         )
         x, _ = blocks(x, mask, rotary)
-        return LayerNorm(self.norm_eps, name="norm")(x)
+        norm = LayerNorm(self.norm_eps, name="norm")
+        return norm(x) if layer is None or self.is_initializing() else x
