@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_vlm.build import build
-from flax_vlm.data import digits, shapes_world, sources, tfds_source
+from flax_vlm.data import digits, instructions, shapes_world, sources, tfds_source
 from flax_vlm.data.sources import Source
 
 
@@ -32,6 +32,11 @@ def _shapes(
     _check_no_argument("shapes", argument)
     sizes = {"image_size": image_size, "train_size": train_size, "test_size": test_size}
     return shapes_world.load_shapes(split=split, data_dir=data_dir, **sizes)
+
+
+def _instructions(argument: str, *, split: str, data_dir: str | None, **options: Any) -> Source:
+    _check_no_argument("instructions", argument)
+    return instructions.load_instructions(split=split, data_dir=data_dir, **options)
 
 
 def _tfds(
@@ -79,6 +84,7 @@ def _check_argument(name: str, argument: str, what: str) -> None:
 DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "shapes": _shapes,
+    "instructions": _instructions,
     "tfds": _tfds,
     "folder": _folder,
     "jsonl": _list,
