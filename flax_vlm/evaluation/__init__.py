@@ -4,6 +4,7 @@
 build(EVALUATORS, {"name": "zero_shot", ...}, "evaluator", dataset=..., batch_size=...)
 """
 
+from flax_vlm.evaluation.answers import Answers
 from flax_vlm.evaluation.classification import Classification
 from flax_vlm.evaluation.retrieval import Retrieval
 from flax_vlm.evaluation.two_choice import TwoChoice
@@ -14,4 +15,5 @@ EVALUATORS = {
     "retrieval": Retrieval,
     "two_choice": TwoChoice,
     "classification": Classification,
+    "answers": Answers,
 }
