@@ -84,6 +84,17 @@ def _answered(index: int, example: Mapping[str, Any], prediction: str) -> Answer
     return Answered(index, meta.get("kind", NO_KIND), question, prediction, accepted, meta)
 
 
+def kind_means(
+    name: str, answered: Sequence[Answered], scores: Sequence[float]
+) -> dict[str, float]:
+    """Returns {name: mean of all scores, "<kind>/name": that of each kind, "examples": n}."""
+    metrics = {name: float(np.mean(scores)), "examples": len(answered)}
+    for kind in sorted({one.kind for one in answered}):
+        members = [s for one, s in zip(answered, scores, strict=True) if one.kind == kind]
+        metrics[f"{kind}/{name}"] = float(np.mean(members))
+    return metrics
+
+
 def write_answers(
     folder: pathlib.Path,
     dataset: Dataset,

@@ -2,10 +2,12 @@
 """Instructions about tiny pictures, and a model that answers from the sum of their pixels."""
 
 import dataclasses
+import importlib.util
 
 import jax.numpy as jnp
 import numpy as np
 
+from flax_vlm.evaluation import EVALUATORS
 from tests.evaluation import fakes
 
 WORDS = ("1", "2", "3", "4", "Yes.", "no", " Red\n")
@@ -116,5 +118,39 @@ def make_dataset(examples=None):
     return Dataset(fakes.Source(examples), Prompts())
 
 
+def make_votes():
+    """Ten answers each."""
+    rng, examples = np.random.default_rng(8), make_questions()
+    for example in examples:
+        example["meta"]["answers"] = rng.choice(["one", "2", "3", "yes", "red"], 10).tolist()
+    return make_dataset(examples)
+
+
+def make_yes_no():
+    return make_dataset([e for e in make_questions(60) if e["meta"].get("kind") == "yes_no"])
+
+
+def make_choices():
+    """Options of which some hold what the model says."""
+    examples = make_questions()
+    for n, example in enumerate(examples):
+        if n % 4 != 2:
+            example["meta"]["options"] = ["3", "blue", "red"]
+            example["meta"]["answers"] = ["ABC"[n % 3]]
+    return make_dataset(examples)
+
+
 # the dataset of each evaluator of generated text
-DATASETS = {"answers": make_dataset}
+DATASETS = {
+    "answers": make_dataset,
+    "vqa": make_votes,
+    "pope": make_yes_no,
+    "multiple_choice": make_choices,
+    "captioning": make_votes,
+}
+HAS_EVAL_EXTRA = all(map(importlib.util.find_spec, ("pycocoevalcap", "sacrebleu")))
+
+
+def runnable():
+    """Returns the evaluators whose libraries are installed."""
+    return [name for name in EVALUATORS if name != "captioning" or HAS_EVAL_EXTRA]

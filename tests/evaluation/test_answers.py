@@ -148,3 +148,57 @@ def test_an_example_without_an_answer_is_an_error_that_names_it():
     examples[2]["conversation"] = examples[2]["conversation"][:1]
     with pytest.raises(ValueError, match=r"example 2 must have an answer.*got \['user'\]"):
         make_evaluator(examples).run(make_predictor(), None)
+
+
+def run(name, folder=None):
+    dataset = fake_questions.DATASETS[name]()
+    evaluator = build(EVALUATORS, {"name": name}, "evaluator", dataset=dataset, batch_size=16)
+    examples = [e for e in dataset.source.examples if not e["images"] or e["images"][0] is not None]
+    return evaluator.run(make_predictor(), folder), examples
+
+
+def test_vqa_accuracy_of_a_run_equals_a_brute_force_computation(tmp_path):
+    metrics, examples = run("vqa", tmp_path)
+    expected = []
+    for example in examples:
+        said = {"Yes.": "yes", "Red": "red"}.get(fake_questions.said(example))
+        said = said or fake_questions.said(example)
+        votes = [{"one": "1"}.get(a, a) for a in example["meta"]["answers"]]
+        left_out = [votes[:i] + votes[i + 1 :] for i in range(10)]
+        expected.append(np.mean([min(nine.count(said) / 3, 1) for nine in left_out]))
+    assert metrics["vqa_accuracy"] == pytest.approx(np.mean(expected)) and 0 < np.mean(expected) < 1
+    kinds = np.array([e["meta"].get("kind", "other") for e in examples])
+    of_kind = np.mean(np.array(expected)[kinds == "yes_no"])
+    assert metrics["yes_no/vqa_accuracy"] == pytest.approx(of_kind)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    assert [row["correct"] for row in rows] == pytest.approx(expected)
+
+
+def test_pope_counts_the_yeses_of_the_model():
+    metrics, examples = run("pope")
+    said = np.array([fake_questions.said(e) == "Yes." for e in examples])
+    true = np.array([e["conversation"][-1]["content"] == "yes" for e in examples])
+    assert said.mean() != true.mean()
+    assert metrics["yes_ratio"] == said.mean() == metrics["yes_no/yes_ratio"]
+    assert metrics["f1"] == pytest.approx(2 * (said & true).sum() / (said.sum() + true.sum()))
+    with pytest.raises(ValueError, match="pope needs questions whose answer is yes or no"):
+        evaluator = build(
+            EVALUATORS, {"name": "pope"}, "evaluator", dataset=fake_questions.make_dataset()
+        )
+        evaluator.run(make_predictor(), None)
+
+
+def test_a_choice_that_cannot_be_read_is_wrong_and_counted():
+    metrics, examples = run("multiple_choice")
+    right, failures, closed = [], 0, 0
+    for example in examples:
+        said, options = fake_questions.said(example), example["meta"].get("options")
+        if not options:
+            right.append(said.lower().strip(".") in accepted(example))
+            continue
+        letter = {"3": "A", "Red": "C"}.get(said)
+        closed, failures = closed + 1, failures + (letter is None)
+        right.append(letter == example["meta"]["answers"][0])
+    assert 0 < failures < closed < len(examples)
+    assert metrics["parse_failures"] == failures / closed
+    assert metrics["accuracy"] == pytest.approx(np.mean(right))

@@ -39,7 +39,7 @@ rows = batch_sharding(mesh)
 predictor = Predictor(fake_questions.PREDICTIONS, params, {}, rows, data_shard(rows))
 results = {}
 with jax.transfer_guard("disallow"):
-    for name in EVALUATORS:
+    for name in fake_questions.runnable():
         dataset = fake_questions.DATASETS.get(name, fakes.make_dataset)()
         evaluator = build(
             EVALUATORS, {"name": name}, "evaluator", dataset=dataset, batch_size=14
@@ -59,7 +59,8 @@ def run_workers(folder, tensor):
         port = str(s.getsockname()[1])
     root = pathlib.Path(__file__).parents[2]
     arguments = [port, str(tensor), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
     processes = [
         subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment)
         for rank in range(2)
@@ -85,7 +86,7 @@ def test_two_processes_measure_the_same_as_one(tensor, tmp_path):
             dataset=fake_questions.DATASETS.get(name, fakes.make_dataset)(),
             batch_size=9,
         ).run(alone, None)
-        for name in EVALUATORS
+        for name in fake_questions.runnable()
     }
     assert first == second == expected
     pictures = {"predictions.png", "similarity.png", "answers.png"}
