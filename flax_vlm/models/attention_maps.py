@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pooled vector of an image encoder looks at: attention weights over the patches.
+"""What a model looks at: attention weights over the patches of an image, from the pooled vector of
+an encoder, or from every token of a text that a language model reads.
 
 "map": the probe of the pooling head; "cls": the class token in the last block, which is what the
 DINO papers draw (Caron et al. 2021, arXiv:2104.14294, figure 1). A mean over the patches ("gap")
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+
+from flax_vlm.models.llava import Llava
 
 
 def pooling_attention(model: nn.Module, params: Any, image: Any) -> jax.Array:
@@ -35,3 +38,25 @@ def pooling_attention(model: nn.Module, params: Any, image: Any) -> jax.Array:
     else:
         weights = seen["encoder"]["blocks"]["attention"]["attention_weights"][0][-1]  # [B, N, T, T]
     return weights[:, :, 0, tower.num_prefix :]
+
+
+def text_attention(model: Llava, params: Any, text: jax.Array, images: Any, **inputs: Any) -> Any:
+    """Returns [B, L, L] float32, mean of the softmax weights over all layers and heads: row l is
+    what the l-th token looks at, itself and those before it.
+
+    The columns of an image's placeholders are its visual tokens. Most of the weight lies on the
+    first token of a text whatever it is (Xiao et al. 2023, arXiv:2309.17453): compare columns with
+    each other, not with one.
+
+    Args:
+        model: a Llava.
+        params: its parameters.
+        text: [B, L] int32, placeholders expanded.
+        images: [B, I, H, W, C] float32, normalised.
+        **inputs: text_mask, visual_index ..., see Llava.
+    """
+    variables = {"params": params}
+    _, seen = model.apply(variables, text, images, **inputs, mutable=["intermediates"])
+    blocks = seen["intermediates"]["language_model"]["blocks"]
+    weights = blocks["attention"]["attention_weights"][0]  # [layers, B, N, L, L]
+    return weights.mean(axis=(0, 2))

@@ -7,8 +7,8 @@
     x    = [ a  b   v0    v1    v2   c ]  <----------+     logits = language model(x)
 
 Papers: LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaVA-NeXT (AnyRes; blog, January 2024),
-LLaVA-OneVision arXiv:2408.03326, Idefics3 arXiv:2408.12637 and SmolVLM arXiv:2504.05299. Fields tell
-them apart; which visual token stands where is a table of indices that the host makes
+LLaVA-OneVision arXiv:2408.03326, Idefics3 arXiv:2408.12637 and SmolVLM arXiv:2504.05299. Fields
+tell them apart; which visual token stands where is a table of indices that the host makes
 (`visual_index`), so that tiles, newlines and cut-off padding are no business of the model.
 
 Differs from the papers' code: placeholders are expanded before the model, one id per visual token,

@@ -38,6 +38,12 @@ FLAGS = flags.FLAGS
 
 GB = 1e9
 START_FACTOR = 8  # of the config's batch: a size that is refused is cheap
+# the parts of a model that have a policy each; any other model has one itself
+TOWERS = {
+    "clip": ("image", "text"),
+    "siglip": ("image", "text"),
+    "llava": ("image", "language_model"),
+}
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 # "total memory required (17.31G) exceeds available HBM (15.75G)", "Used 16.74G of 15.75G"
 NEEDED_OF_AVAILABLE = re.compile(r"(?:\(|Used )([\d.]+)G\)?[a-zA-Z ]+\(?([\d.]+)G")
@@ -122,14 +128,14 @@ def _refusal(message: str) -> dict[str, Any]:
 def remat_policies(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns {tower: rematerialisation policy} of a config's model."""
     model = config["model"]
-    towers = {name: model[name] for name in ("image", "text") if isinstance(model.get(name), dict)}
+    towers = {name: model.get(name, {}) for name in TOWERS.get(model["name"], ())}
     return {name: spec.get("remat", "none") for name, spec in (towers or {"model": model}).items()}
 
 
 def with_remat(config: Mapping[str, Any], policy: str) -> dict[str, Any]:
     """Returns a config whose encoders all rematerialise by one policy."""
     model = dict(config["model"])
-    towers = ("image", "text") if model["name"] in ("clip", "siglip") else ()
+    towers = TOWERS.get(model["name"], ())
     for tower in towers:
         model[tower] = {**model.get(tower, {}), "remat": policy}
     return {**config, "model": model if towers else {**model, "remat": policy}}
