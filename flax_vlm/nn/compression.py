@@ -188,8 +188,6 @@ def _merge(tokens: _Merged, pairs: int) -> _Merged:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    # similarities only choose pairs, gradients go through the means
-    x = jax.lax.stop_gradient(x)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 

@@ -101,7 +101,8 @@ def test_compressed_features_reach_the_connector_and_are_counted(
     expected = small.compression(features[:, model.image.num_prefix :])[0]
     variables = {"params": params}
     if compression["name"] == "pixel_shuffle":  # the connector is wider
-        variables = small.init(jax.random.key(0), TEXT, images)
+        wider = small.init(jax.random.key(0), TEXT, images)["params"]["connector"]
+        variables = {"params": params | {"connector": wider}}
     expected = small.connector.apply({"params": variables["params"]["connector"]}, expected)[0]
     found = small.apply(variables, images, method="visual_tokens")
     np.testing.assert_allclose(found[:, :-1], expected, atol=1e-6)  # the last is the newline

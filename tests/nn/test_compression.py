@@ -78,9 +78,10 @@ def test_equal_neighbours_become_one_and_nothing_else_changes():
     np.testing.assert_allclose(found, half, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["average_pool", "token_merging"])
-def test_what_masked_tokens_hold_changes_no_real_token(name):
-    spec = {"name": name} | ({"tokens": 5} if name == "token_merging" else {})
+@pytest.mark.parametrize(
+    "spec", [SPECS[0], *({"name": "token_merging", "tokens": n} for n in (5, 12))]
+)
+def test_what_masked_tokens_hold_changes_no_real_token(spec):
     compression = jax.jit(build_compression(spec))
     x = tokens(B, P, D)
     mask = np.random.default_rng(2).random((B, P)) < np.array([[0.9], [0.5], [0.2]])
