@@ -48,6 +48,8 @@ setup(
             "torch",
         ],  # benchmarks/open_clip_cpu.py alone
         "cuda": ["jax[cuda13]>=0.10.2"],
+        # captions: CIDEr-D and BLEU; the parts that are used need no Java
+        "eval": ["pycocoevalcap>=1.2", "sacrebleu>=2.4"],
         "notebooks": ["ipykernel", "jupyterlab", "nbclient", "nbformat"],
         "test": [
             "ipykernel",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_vlm.build import build
-from flax_vlm.data import digits, instructions, shapes_world, sources, tfds_source
+from flax_vlm.data import benchmarks, digits, instructions, shapes_world, sources, tfds_source
 from flax_vlm.data.sources import Source
 
 
@@ -89,6 +89,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "folder": _folder,
     "jsonl": _list,
     "csv": _list,
+    **benchmarks.BENCHMARKS,
 }
 
 

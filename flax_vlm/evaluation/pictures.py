@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of results: predictions, image-text similarity, training curve, attention maps.
+"""Figures of results: predictions, answers, similarity, training curve, attention maps.
 
 Only matplotlib's Figure objects: no pyplot, no global settings, so a notebook's own style is left
 alone and evaluation can run in any thread. Texts come from data and are never read as formulas
@@ -71,6 +71,50 @@ def prediction_grid(
     figure.text(left, top, title, color=INK, fontsize=11, va="center", parse_math=False)
     note = f"red: wrong, {sum(wrong)} of the {len(images)} shown"
     figure.text(1 - left, top, note, color=WRONG, fontsize=9, va="center", ha="right")
+    return figure
+
+
+def question_grid(
+    images: Sequence[np.ndarray],
+    questions: Sequence[str],
+    predicted: Sequence[str],
+    actual: Sequence[str],
+    correct: Sequence[bool],
+    *,
+    title: str = "",
+    columns: int = 4,
+) -> Figure:
+    """Returns a grid of images with a question and its answer below each; wrong ones are red.
+
+    Args:
+        images: [H, W, C] uint8 each.
+        questions: one per image.
+        predicted: the answer of the model.
+        actual: the right answer; written below a wrong one.
+        correct: is the answer right?
+        title: above the grid.
+        columns: images per line.
+    """
+    lines = math.ceil(len(images) / columns)
+    cell, text, head = 2.0, 0.95, 0.5
+    width, height = columns * cell + 0.2, lines * (cell + text) + head
+    figure = Figure(figsize=(width, height), facecolor="white")
+    for n, image in enumerate(images):
+        line, column = divmod(n, columns)
+        left = 0.1 + column * cell + 0.1
+        bottom = height - head - line * (cell + text) - cell + 0.1
+        size = ((cell - 0.2) / width, (cell - 0.2) / height)
+        axes = figure.add_axes((left / width, bottom / height, *size))
+        _show(axes, image)
+        _frame(axes, LIGHT if correct[n] else WRONG, 0.8 if correct[n] else 2.4)
+        _below(axes, 5, _wrap(questions[n], 32), GRAY, 7.5)
+        _below(axes, 27, _wrap(predicted[n], 26) or "(nothing)", INK if correct[n] else WRONG, 9)
+        if not correct[n]:
+            _below(axes, 51, f"true: {_short(actual[n], 26)}", GRAY, 7.5)
+    top = 1 - 0.26 / height
+    figure.text(0.2 / width, top, title, color=INK, fontsize=11, va="center", parse_math=False)
+    note = f"red: wrong, {len(images) - sum(map(bool, correct))} of the {len(images)} shown"
+    figure.text(1 - 0.2 / width, top, note, color=WRONG, fontsize=9, va="center", ha="right")
     return figure
 
 

@@ -27,6 +27,7 @@ from flax import linen as nn
 from flax_vlm.build import build
 from flax_vlm.models.language_model import LanguageModel, LanguageOutput, build_language_model
 from flax_vlm.models.two_towers import IMAGE_ENCODERS
+from flax_vlm.nn.compression import Compression, build_compression
 from flax_vlm.nn.connectors import build_connector
 from flax_vlm.nn.patches import as_pair
 from flax_vlm.shapes import check_shapes
@@ -47,6 +48,7 @@ class Llava(nn.Module):
         keep_prefix: the class token and registers are visual tokens too.
         newline: there is a learned token that ends rows of patches (LLaVA-NeXT, OneVision); it is
             the last of the visual tokens.
+        compression: one of nn.compression, between features and connector; None keeps all tokens.
     """
 
     image: nn.Module
@@ -56,6 +58,7 @@ class Llava(nn.Module):
     feature_layer: int | None = None
     keep_prefix: bool = False
     newline: bool = False
+    compression: Compression | None = None
 
     def setup(self) -> None:
         """Creates the newline token; all else is fields."""
@@ -77,7 +80,10 @@ class Llava(nn.Module):
         """Q, how many visual tokens an image (or tile) becomes."""
         rows, columns = self.image.grid
         prefix = self.image.num_prefix if self.keep_prefix else 0
-        return self.connector.num_tokens(rows * columns + prefix)
+        patches = rows * columns + prefix
+        if self.compression is not None:
+            patches = self.compression.num_tokens(patches)
+        return self.connector.num_tokens(patches)
 
     def visual_tokens(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns [B, I Q, D] (with a newline [B, I Q + 1, D]): the tokens of all images of a row,
@@ -95,6 +101,8 @@ class Llava(nn.Module):
         features = self.image.features(flat, self.feature_layer, train=train)  # [B I, T, D]
         if not self.keep_prefix:
             features = features[:, self.image.num_prefix :]
+        if self.compression is not None:
+            features, _ = self.compression(features)
         tokens, _ = self.connector(features)  # [B I, Q, D]
         tokens = tokens.reshape(batch, count * tokens.shape[1], tokens.shape[2])
         if self.newline:
@@ -213,6 +221,7 @@ def build_llava(
     feature_layer: int | None = None,
     keep_prefix: bool = False,
     newline: bool = False,
+    compression: Mapping[str, Any] | None = None,
 ) -> Llava:
     """Returns a Llava.
 
@@ -224,6 +233,7 @@ def build_llava(
         feature_layer: see Llava.
         keep_prefix: see Llava.
         newline: see Llava.
+        compression: {"name": a key of compression.COMPRESSIONS, **its arguments}; None has none.
 
     Raises:
         ValueError: for an unknown name or argument.
@@ -237,4 +247,5 @@ def build_llava(
         feature_layer=feature_layer,
         keep_prefix=keep_prefix,
         newline=newline,
+        compression=None if compression is None else build_compression(compression),
     )

@@ -14,7 +14,7 @@ import pytest
 from flax_vlm.build import build
 from flax_vlm.evaluation import EVALUATORS
 from flax_vlm.evaluation.base import Predictor
-from tests.evaluation import fakes
+from tests.evaluation import fake_questions, fakes
 
 WORKER = """
 import json, pathlib, sys
@@ -24,7 +24,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
-from tests.evaluation import fakes
+from tests.evaluation import fake_questions, fakes
 from flax_vlm.build import build
 from flax_vlm.evaluation import EVALUATORS
 from flax_vlm.evaluation.base import Predictor
@@ -36,12 +36,13 @@ params = jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(whole, x, x.shape), fakes.make_params()
 )
 rows = batch_sharding(mesh)
-predictor = Predictor(fakes.PREDICTIONS, params, {}, rows, data_shard(rows))
+predictor = Predictor(fake_questions.PREDICTIONS, params, {}, rows, data_shard(rows))
 results = {}
 with jax.transfer_guard("disallow"):
-    for name in EVALUATORS:
+    for name in fake_questions.runnable():
+        dataset = fake_questions.DATASETS.get(name, fakes.make_dataset)()
         evaluator = build(
-            EVALUATORS, {"name": name}, "evaluator", dataset=fakes.make_dataset(), batch_size=14
+            EVALUATORS, {"name": name}, "evaluator", dataset=dataset, batch_size=14
         )
         pictures = pathlib.Path(folder) if rank == 0 else None
         results[name] = evaluator.run(predictor, pictures)
@@ -58,7 +59,8 @@ def run_workers(folder, tensor):
         port = str(s.getsockname()[1])
     root = pathlib.Path(__file__).parents[2]
     arguments = [port, str(tensor), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
     processes = [
         subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment)
         for rank in range(2)
@@ -75,12 +77,17 @@ def run_workers(folder, tensor):
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_two_processes_measure_the_same_as_one(tensor, tmp_path):
     first, second = run_workers(tmp_path, tensor)
-    alone = Predictor(fakes.PREDICTIONS, jax.device_put(fakes.make_params()), {})
+    alone = Predictor(fake_questions.PREDICTIONS, jax.device_put(fakes.make_params()), {})
     expected = {
         name: build(
-            EVALUATORS, {"name": name}, "evaluator", dataset=fakes.make_dataset(), batch_size=9
+            EVALUATORS,
+            {"name": name},
+            "evaluator",
+            dataset=fake_questions.DATASETS.get(name, fakes.make_dataset)(),
+            batch_size=9,
         ).run(alone, None)
-        for name in EVALUATORS
+        for name in fake_questions.runnable()
     }
     assert first == second == expected
-    assert {p.name for p in tmp_path.glob("*.png")} == {"predictions.png", "similarity.png"}
+    pictures = {"predictions.png", "similarity.png", "answers.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == pictures

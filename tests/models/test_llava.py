@@ -84,6 +84,31 @@ def test_an_index_puts_any_visual_token_anywhere(model, params, images):
     np.testing.assert_array_equal(visual[0, 4], params["newline"])
 
 
+@pytest.mark.parametrize(
+    ("compression", "tokens"),
+    [
+        ({"name": "average_pool"}, 1),
+        ({"name": "pixel_shuffle"}, 1),
+        ({"name": "token_merging", "tokens": 3}, 3),
+    ],
+)
+def test_compressed_features_reach_the_connector_and_are_counted(
+    model, params, images, compression, tokens
+):
+    small = build(MODELS, SPEC | {"compression": compression}, "model")
+    assert small.tokens_per_image == tokens and model.tokens_per_image == 4
+    features = model.image.apply({"params": params["image"]}, images[:, 0], method="features")
+    expected = small.compression(features[:, model.image.num_prefix :])[0]
+    variables = {"params": params}
+    if compression["name"] == "pixel_shuffle":  # the connector is wider
+        wider = small.init(jax.random.key(0), TEXT, images)["params"]["connector"]
+        variables = {"params": params | {"connector": wider}}
+    expected = small.connector.apply({"params": variables["params"]["connector"]}, expected)[0]
+    found = small.apply(variables, images, method="visual_tokens")
+    np.testing.assert_allclose(found[:, :-1], expected, atol=1e-6)  # the last is the newline
+    assert found.shape[1] == tokens + 1
+
+
 def test_weights_sum_visual_tokens():
     rng = np.random.default_rng(0)
     tokens, weight = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 4, 2))
