@@ -212,6 +212,7 @@ class Program:
             as_pair(spec["image_size"]),
             spec["text"]["length"],
             frozen=self._frozen_parts(),
+            images=spec["chat"]["num_images"],
         )
 
     def _frozen_parts(self) -> list[str]:
