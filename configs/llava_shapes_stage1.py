@@ -34,7 +34,7 @@ def get_config(variant: str = "mlp"):
     """
     config = defaults()
     config.steps = 2400
-    config.batch_size = 64
+    config.batch_size = 32
     config.log_every = 50
     config.checkpoint.every = 1200
     config.data.name = "instructions"
@@ -52,7 +52,7 @@ def get_config(variant: str = "mlp"):
     decoder = {
         "vocab_size": VOCABULARY,
         "width": 96,
-        "depth": 4,
+        "depth": 3,
         "mlp_dim": 256,
         "num_heads": 4,
         "num_kv_heads": 2,
