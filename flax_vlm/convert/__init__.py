@@ -8,6 +8,7 @@ from flax_vlm.convert import (
     dinov2,
     eva,
     language_model,
+    llava,
     siglip,
     siglip2,
     vit,
@@ -26,4 +27,5 @@ FAMILIES: dict[str, Family] = {
     "open_clip": eva.OPEN_CLIP,
     "big_vision": big_vision.FAMILY,
     **language_model.FAMILIES,
+    **llava.FAMILIES,
 }
