@@ -7,6 +7,7 @@ from flax_vlm.convert import (
     clip,
     dinov2,
     eva,
+    idefics3,
     language_model,
     llava,
     siglip,
@@ -28,4 +29,5 @@ FAMILIES: dict[str, Family] = {
     "big_vision": big_vision.FAMILY,
     **language_model.FAMILIES,
     **llava.FAMILIES,
+    **idefics3.FAMILIES,
 }

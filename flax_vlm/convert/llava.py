@@ -129,12 +129,14 @@ VISION: dict[str, Callable[[Config], dict[str, Any]]] = {
 }
 
 
-def read_decoder(config: Config, default: str) -> dict[str, Any]:
+def read_decoder(config: Config, default: str, tensors: Mapping[str, Shape]) -> dict[str, Any]:
     """Returns the fields of the language model of a composite config.
 
     Args:
         config: with "text_config".
         default: its model_type if it names none.
+        tensors: of the file. Versions of transformers differ in which of the two configs ties the
+            output to the embedding; a file with an output of its own has the last word.
 
     Raises:
         ValueError: if there is no such language model here.
@@ -143,8 +145,9 @@ def read_decoder(config: Config, default: str) -> dict[str, Any]:
     model_type = text.get("model_type", default)
     lookup(DEFAULTS, model_type, "model_type of the text_config")
     fields = read_text(model_type, text)
-    # transformers ties where either of the two configs says so
-    return {**fields, "tied": fields["tied"] or bool(config.get("tie_word_embeddings", False))}
+    has_head = any(name.endswith("lm_head.weight") for name in tensors)
+    tied = bool(config.get("tie_word_embeddings", False)) or (fields["tied"] and not has_head)
+    return {**fields, "tied": tied}
 
 
 def read(model_type: str, config: Config, tensors: Mapping[str, Shape]) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def read(model_type: str, config: Config, tensors: Mapping[str, Shape]) -> dict[
         name="llava",
         image=image,
         connector=_connector(config),
-        language_model=read_decoder(config, kind.text),
+        language_model=read_decoder(config, kind.text, tensors),
         image_token_id=next((config[k] for k in keys if k in config), kind.image_token),
         feature_layer=_layer(config.get("vision_feature_layer", kind.feature_layer), image),
         keep_prefix=keep_prefix,

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from flax_vlm.convert.loading import load_pretrained
-from tests.parity.reference import pixels, randomise, save
+from tests.parity.reference import build_changed, pixels, randomise, save
 
 IMAGE_TOKEN, VOCAB = 110, 120
 GRIDS = [[28, 56], [56, 28], [56, 56]]
@@ -59,6 +59,15 @@ def onevision(vision, decoder):
     return hf.LlavaOnevisionForConditionalGeneration(config)
 
 
+def idefics3(kind, decoder, scale=2, **vision):
+    given = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
+    tower = {**given, "image_size": 56, "patch_size": 14, **vision}
+    config = getattr(hf, f"{kind}Config")(
+        vision_config=tower, text_config=decoder, image_token_id=IMAGE_TOKEN, scale_factor=scale
+    )
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
 CASES = {
     "llava": lambda: llava(clip(), text(hf.LlamaConfig)),
     "llava, odd grid, Mistral": lambda: llava(
@@ -82,8 +91,13 @@ CASES = {
     "llava_onevision": lambda: onevision(
         siglip(vision_use_head=False), text(hf.Qwen2Config, tie_word_embeddings=True)
     ),
+    "idefics3": lambda: idefics3("Idefics3", text(hf.LlamaConfig)),
+    "smolvlm, 3 x 3 patches a token": lambda: idefics3(
+        "SmolVLM", text(hf.LlamaConfig, tie_word_embeddings=True), scale=3, image_size=84
+    ),
 }
-TILED = ("llava_next", "llava_onevision")
+TILED = ("llava_next", "llava_onevision")  # packed with newlines
+WITH_TILES = (*TILED, "idefics3", "smolvlm, 3 x 3 patches a token")  # images have one axis more
 
 
 @functools.cache
@@ -111,10 +125,10 @@ def inputs(name):
     """Returns (what transformers is called with, what ours is): a row with an image, and a shorter
     one without, padded on the left."""
     model, _, loaded = case(name)
-    size = loaded.spec["image"]["image_size"]
-    patches = (size // 14) ** 2 + int(loaded.spec["keep_prefix"])
+    module = build_changed(loaded.spec)
+    size, tokens = loaded.spec["image"]["image_size"], module.tokens_per_image
     tiles = 3 if name in TILED else 1  # a base and two
-    numbers = order(model, tiles, patches) if name in TILED else np.arange(patches)
+    numbers = order(model, tiles, tokens) if name in TILED else np.arange(tokens)
     rng = np.random.default_rng(5)
     words = rng.integers(3, 100, (2, 6))
     ids = np.zeros((2, 6 + len(numbers)), np.int64)
@@ -126,7 +140,7 @@ def inputs(name):
     theirs = dict(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask).long(),
-        pixel_values=tensor[None] if name in TILED else tensor,
+        pixel_values=tensor[None] if name in WITH_TILES else tensor,
     )
     if name in TILED:
         theirs["image_sizes"] = torch.tensor([[56, 28]])
