@@ -11,7 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_vlm.build import build
-from flax_vlm.data import benchmarks, digits, instructions, shapes_world, sources, tfds_source
+from flax_vlm.data import (
+    benchmarks,
+    digits,
+    instructions,
+    llava_json,
+    shapes_world,
+    sources,
+    tfds_source,
+)
 from flax_vlm.data.sources import Source
 
 
@@ -37,6 +45,13 @@ def _shapes(
 def _instructions(argument: str, *, split: str, data_dir: str | None, **options: Any) -> Source:
     _check_no_argument("instructions", argument)
     return instructions.load_instructions(split=split, data_dir=data_dir, **options)
+
+
+def _llava(argument: str, *, split: str, data_dir: str | None, images: str | None = None) -> Source:
+    _check_argument("llava", argument, "the path of a JSON file")
+    if split != "train":
+        raise ValueError(f"a file of LLaVA's format is one split, train, got {split!r}")
+    return llava_json.load_llava(argument, images)
 
 
 def _tfds(
@@ -85,6 +100,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "shapes": _shapes,
     "instructions": _instructions,
+    "llava": _llava,
     "tfds": _tfds,
     "folder": _folder,
     "jsonl": _list,
