@@ -16,6 +16,7 @@ Not trained by us: there is neither the hub nor a pod where it was written.
 """
 
 from configs.defaults import defaults, sealed
+from flax_vlm.models.clip import IMAGE_DEFAULTS
 
 START = "llava-hf/llava-1.5-7b-hf"
 CONVERSATIONS = 665_000
@@ -52,13 +53,10 @@ def get_config(data: str = "llava.json,images"):
     config.model = {
         "name": "llava",
         "image": {
-            "name": "vit",
+            **IMAGE_DEFAULTS,
             "variant": "L/14",
             "image_size": 336,
             "activation": "quick_gelu",
-            "norm_eps": 1e-5,
-            "pre_norm": True,
-            "patch_bias": False,
             "dtype": "bfloat16",
         },
         "connector": {"name": "mlp"},

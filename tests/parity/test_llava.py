@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flax_vlm.convert.loading import load_pretrained, read_spec
 from flax_vlm.convert.saving import save_pretrained
+from flax_vlm.objectives import build_objective
 from flax_vlm.trees import named_leaves
 from tests.parity.llava_models import CASES, case, inputs
 from tests.parity.reference import TOLERANCE, build_changed, error, load
@@ -74,6 +75,20 @@ def test_gradients_are_those_of_transformers():
     gradients.save_pretrained(folder / "gradients")
     for path, leaf in named_leaves(load_pretrained(folder / "gradients").params).items():
         assert np.abs(np.asarray(leaf) - ours[path]).max() <= TOLERANCE, path
+
+
+@pytest.mark.parametrize("name", ["llava", "llava, SigLIP, Qwen2"])
+def test_greedy_generation_is_that_of_transformers_for_rows_padded_on_the_left(name):
+    model, _, loaded = case(name)
+    theirs, (text, images, mask, _) = inputs(name)
+    with torch.no_grad():
+        expected = model.generate(**theirs, max_new_tokens=8, do_sample=False, eos_token_id=999)
+    spec = {"name": "next_token", "max_new_tokens": 8}
+    objective = build_objective(loaded.spec, spec)
+    batch = {"text": text, "text_mask": mask, "images": images}
+    found = compiled(objective.predictions["generate"])(loaded.params, {}, batch)
+    np.testing.assert_array_equal(found, expected[:, text.shape[1] :])
+    assert len(np.unique(found)) > 4
 
 
 WRONG = {
