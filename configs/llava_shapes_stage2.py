@@ -10,7 +10,12 @@ on conversations. The arguments are the connector of the first stage ("mlp", "re
 and its workdir. `test` asks about held-out scenes, `novel` about scenes with pairs of colour and
 shape that training never shows.
 
-Result: MEASURED
+Result, seed 0, exact match in per cent (majority answer of the kind): digit 95.6 (15.4), comparison
+81.4 (4.5), counting 67.5 (50.4), color 65.5 (15.1), shape 30.2 (19.4), relation 23.0 (26.8),
+follow-up 16.7 (19.6); on novel pairs digit 93.8, comparison 49.3, counting 65.3, color 45.8, shape
+22.0, relation 24.2. Colours, sizes and digits are learnt, counting in part, where things lie is
+not. 9 minutes for the first stage and 15 for this one, on two cores that did other work besides;
+alone they were not timed. Neither the resampler nor the blind model was run.
 """
 
 from configs import llava_shapes_stage1
@@ -25,8 +30,8 @@ def get_config(arguments: str = "mlp"):
     variant, _, start = arguments.partition(",")
     config = llava_shapes_stage1.get_config(variant).unlock()
     config.init_from = start or "runs/llava_stage1"
-    config.steps = 2400
-    config.checkpoint.every = 1200
+    config.steps = 2000
+    config.checkpoint.every = 1000
     config.data.options = {"image_size": 32}
     config.data.text.length = 112
     config.data.text.tokenizer = "file"
