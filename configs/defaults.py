@@ -29,7 +29,7 @@ def defaults() -> ConfigDict:
             "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
             "data": {
                 "name": "",  # digits, shapes, tfds:NAME, folder:PATH, ...; flax_vlm/data, DATASETS
-                "rows": "captions",  # what an example becomes: captions, conversations
+                "rows": "captions",  # what an example becomes: captions, conversations, packed
                 # conversations: data/chat_templates.py; images per row; leave images out
                 "chat": {"template": "vicuna_v1", "num_images": 1, "blind": False},
                 "split": "train",

@@ -54,7 +54,9 @@ def example_batch(config: Config, size: int = 1) -> dict[str, np.ndarray]:
         "text_mask": np.zeros((size, length), bool),
         "example_mask": np.ones(size, bool),
     }
-    if spec["rows"] == "conversations":
+    if spec["rows"] == "packed":
+        batch |= {key: np.zeros((size, length), np.int32) for key in ("segments", "positions")}
+    if spec["rows"] in ("conversations", "packed"):
         batch["loss_mask"] = np.zeros((size, length), bool)
         if not spec["chat"]["blind"]:
             images = (size, spec["chat"]["num_images"], *image)

@@ -16,6 +16,7 @@ from flax_vlm.data import (
     digits,
     instructions,
     llava_json,
+    packing,
     shapes_world,
     sources,
     tfds_source,
@@ -52,6 +53,15 @@ def _llava(argument: str, *, split: str, data_dir: str | None, images: str | Non
     if split != "train":
         raise ValueError(f"a file of LLaVA's format is one split, train, got {split!r}")
     return llava_json.load_llava(argument, images)
+
+
+def _packed(argument: str, *, split: str, data_dir: str | None, **options: Any) -> Source:
+    _check_argument("packed", argument, "the index.json that flax_vlm.tools.pack wrote")
+    if split != "train":
+        raise ValueError(f"an index of packed rows is one split, train, got {split!r}")
+    index = packing.read_index(argument)
+    examples = load_source(**index["source"] | options, data_dir=data_dir)
+    return packing.packed_source(examples, index)
 
 
 def _tfds(
@@ -101,6 +111,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "shapes": _shapes,
     "instructions": _instructions,
     "llava": _llava,
+    "packed": _packed,
     "tfds": _tfds,
     "folder": _folder,
     "jsonl": _list,

@@ -10,6 +10,7 @@ from flax_vlm.build import build, lookup
 from flax_vlm.data.conversations import ConversationPreprocess
 from flax_vlm.data.hf_tokenizers import load_tokenizer
 from flax_vlm.data.images import IMAGE_OPS, pair
+from flax_vlm.data.packing import PackedPreprocess
 from flax_vlm.data.pipeline import Preprocess
 from flax_vlm.data.sources import Source
 from flax_vlm.data.text import Tokenizer, byte_level, train_bpe
@@ -55,6 +56,11 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
 
 
 def _text_of(example: Mapping[str, Any]) -> str:
+    if "packed" in example:
+        raise ValueError(
+            "rows were packed with a tokenizer, no other can be trained on them; set "
+            "data.text.tokenizer to 'file' and data.text.path to the tokenizer.json at the index"
+        )
     if "conversation" not in example:
         return example["caption"]
     return " ".join(turn["content"] for turn in example["conversation"])
@@ -62,7 +68,7 @@ def _text_of(example: Mapping[str, Any]) -> str:
 
 def build_preprocess(
     spec: Mapping[str, Any], tokenizer: Tokenizer, *, train: bool, tokens_per_image: int = 0
-) -> Preprocess | ConversationPreprocess:
+) -> Preprocess | ConversationPreprocess | PackedPreprocess:
     """Returns what turns an example into a row.
 
     Args:
@@ -83,12 +89,20 @@ def build_preprocess(
         "tokenizer": tokenizer,
         "text_length": spec["text"]["length"],
     }
-    if lookup(ROWS, spec["rows"], "data.rows") is ConversationPreprocess:
+    make = lookup(ROWS, spec["rows"], "data.rows")
+    if make is not Preprocess:
         given |= {"tokens_per_image": tokens_per_image, "prompts": not train, **spec["chat"]}
-    return ROWS[spec["rows"]](**given)
+    return make(**given)
+
+
+def _packed(*, prompts: bool, **given: Any) -> ConversationPreprocess | PackedPreprocess:
+    """Returns what makes packed rows; questions of an evaluation are not packed."""
+    inner = ConversationPreprocess(prompts=prompts, **given)
+    return inner if prompts else PackedPreprocess(inner)
 
 
 ROWS: dict[str, Callable[..., Any]] = {
     "captions": Preprocess,
     "conversations": ConversationPreprocess,
+    "packed": _packed,
 }
