@@ -79,6 +79,7 @@ class LoadedModel:
     step: int | None = None
     batch_size: int = 64
     mesh: jax.sharding.Mesh | None = None
+    _generators: dict[int, Predictor] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -294,7 +295,7 @@ class LoadedModel:
 
     def _generator(self, max_new_tokens: int, stops: tuple[int, ...]) -> Predictor:
         """Returns what generates so many tokens; made once, so that it is compiled once."""
-        made = self.__dict__.setdefault("_generators", {})
+        made = self._generators
         if max_new_tokens not in made:
             objective = dataclasses.replace(
                 self.objective, max_new_tokens=max_new_tokens, stop_ids=stops
