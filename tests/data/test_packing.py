@@ -115,6 +115,14 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_the_same_texts_alone(obje
     assert abs(float(mixed[1][0]) - float(expected[1][0])) > 1e-3
 
 
+def test_texts_are_numbered_and_positions_start_anew_with_each():
+    row = PACKED({"packed": [EXAMPLES[0], EXAMPLES[1]]}, RNG)
+    first, rest = SIZES[0][0], LENGTH - SIZES[0][0]
+    np.testing.assert_array_equal(row["segments"], [1] * first + [2] * rest)
+    np.testing.assert_array_equal(row["positions"], [*range(first), *range(rest)])
+    assert row["text_mask"].sum() == first + SIZES[1][0]
+
+
 def test_a_broken_image_takes_its_own_conversation_alone_out_of_the_row(tmp_path):
     lost = say("<image>", "b", 1) | {"images": [tmp_path / "none.png"]}
     row = PACKED({"packed": [EXAMPLES[0], lost, EXAMPLES[3]]}, RNG)
