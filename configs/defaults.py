@@ -30,7 +30,8 @@ def defaults() -> ConfigDict:
             "data": {
                 "name": "",  # digits, shapes, tfds:NAME, folder:PATH, ...; flax_vlm/data, DATASETS
                 "rows": "captions",  # what an example becomes: captions, conversations, packed
-                # conversations: data/chat_templates.py; images per row; leave images out
+                # conversations: data/chat_templates.py, or "checkpoint" for that of data.text.path;
+                # images per row; leave images out
                 "chat": {"template": "vicuna_v1", "num_images": 1, "blind": False},
                 "split": "train",
                 "dir": "",  # where datasets lie; "" = $FLAX_VLM_DATA_DIR or the user's cache

@@ -22,6 +22,7 @@ import numpy as np
 from flax_vlm.data.chat_templates import IMAGE_MARKER, Rendered, render
 from flax_vlm.data.decode import REASONS, BrokenImage
 from flax_vlm.data.images import ImageOp, read_image
+from flax_vlm.data.jinja_templates import JinjaTemplate
 from flax_vlm.data.text import Tokenizer
 
 Row = dict[str, np.ndarray]
@@ -37,7 +38,7 @@ class ConversationPreprocess:
         image_size: (height, width) of the rows' images.
         tokenizer: knows the token "<image>".
         text_length: L, visual tokens included.
-        template: a key of chat_templates.TEMPLATES.
+        template: a key of chat_templates.TEMPLATES, or a checkpoint's own.
         tokens_per_image: visual tokens of an image.
         num_images: I.
         prompts: rows are prompts, padded on the left, that end where the last answer begins.
@@ -49,7 +50,7 @@ class ConversationPreprocess:
     image_size: tuple[int, int]
     tokenizer: Tokenizer
     text_length: int
-    template: str
+    template: str | JinjaTemplate
     tokens_per_image: int
     num_images: int = 1
     prompts: bool = False
@@ -129,6 +130,8 @@ class ConversationPreprocess:
                 )
         tokens = {name: self.tokenizer.special(name) for name in ("bos", "eos")}
         try:
+            if isinstance(self.template, JinjaTemplate):
+                return self.template.render(conversation, prompt=self.prompts, **tokens)
             return render(conversation, self.template, prompt=self.prompts, **tokens)
         except ValueError as error:
             raise ValueError(f"{_name(example)}: {error}") from error

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax_vlm.build import build, lookup
+from flax_vlm.data.chat_templates import TEMPLATES
 from flax_vlm.data.conversations import ConversationPreprocess
 from flax_vlm.data.hf_tokenizers import load_tokenizer
 from flax_vlm.data.images import IMAGE_OPS, pair
+from flax_vlm.data.jinja_templates import JinjaTemplate, load_template
 from flax_vlm.data.packing import PackedPreprocess
 from flax_vlm.data.pipeline import Preprocess
 from flax_vlm.data.sources import Source
@@ -91,8 +93,31 @@ def build_preprocess(
     }
     make = lookup(ROWS, spec["rows"], "data.rows")
     if make is not Preprocess:
-        given |= {"tokens_per_image": tokens_per_image, "prompts": not train, **spec["chat"]}
+        chat = {**spec["chat"], "template": chat_template(spec["chat"]["template"], spec["text"])}
+        given |= {"tokens_per_image": tokens_per_image, "prompts": not train, **chat}
     return make(**given)
+
+
+def chat_template(name: str, text: Mapping[str, Any]) -> str | JinjaTemplate:
+    """Returns the template of a config.
+
+    Args:
+        name: a key of chat_templates.TEMPLATES, or "checkpoint".
+        text: `data.text`, whose `path` is the checkpoint then.
+
+    Raises:
+        ValueError: if the checkpoint has no template.
+    """
+    if name != "checkpoint":
+        return name
+    folder = find_folder(text["path"])
+    found = load_template(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} has no chat template of its own; set data.chat.template to one of "
+            f"{sorted(TEMPLATES)}"
+        )
+    return found
 
 
 def _packed(*, prompts: bool, **given: Any) -> ConversationPreprocess | PackedPreprocess:

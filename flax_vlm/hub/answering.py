@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_vlm.data.chat_templates import IMAGE_MARKER
 from flax_vlm.data.conversations import ConversationPreprocess
+from flax_vlm.data.jinja_templates import JinjaTemplate
 from flax_vlm.hub.processor import Processor
 
 MULTIPLE = 64  # lengths of prompts are rounded up to it: they share compiled programs
@@ -64,7 +65,7 @@ def prompt_batch(
     images: Sequence[Any] | None,
     prompts: Sequence[Prompt],
     *,
-    template: str,
+    template: str | JinjaTemplate,
     tokens_per_image: int,
 ) -> dict[str, np.ndarray]:
     """Returns the batch that the prediction "generate" takes.
@@ -73,7 +74,7 @@ def prompt_batch(
         processor: with a tokenizer, and an image recipe where the model sees.
         images: see `image_lists`.
         prompts: see `conversation`.
-        template: a key of chat_templates.TEMPLATES.
+        template: a key of chat_templates.TEMPLATES, or a checkpoint's own.
         tokens_per_image: visual tokens of an image; 0 for a model of text alone.
 
     Raises:

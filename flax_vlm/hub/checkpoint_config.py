@@ -21,6 +21,7 @@ from flax_vlm.convert.loading import read_config, read_spec
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
 from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
+from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.data.naflex import NaflexRecipe
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models import MODELS
@@ -35,7 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "llava": {"name": "next_token"},
     "language_model": {"name": "next_token"},
 }
-# model_type of the language model: how the checkpoints that people use it in write conversations
+# model_type of the language model: how conversations are written where a folder has no template
 CHATS = {
     "llama": "vicuna_v1",
     "mistral": "llama2",
@@ -77,7 +78,9 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def _chat_template(folder: pathlib.Path) -> str:
-    """Returns the template of the language model in a folder, see CHATS."""
+    """Returns "checkpoint" where a folder has a template of its own, else see CHATS."""
+    if load_template(folder) is not None:
+        return "checkpoint"
     model_type, config = read_config(folder)
     text = config.get("text_config") or {}
     return CHATS[model_type if model_type in CHATS else text.get("model_type", "llama")]

@@ -16,6 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_vlm.build import lookup
+from flax_vlm.data.jinja_templates import JinjaTemplate
+from flax_vlm.data.recipe import chat_template
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.evaluation.zero_shot import TEMPLATES
@@ -255,7 +257,7 @@ class LoadedModel:
                 "<image>" says where an image goes; without it images stand in front.
             max_new_tokens: at most so many tokens are generated.
             template: how conversations are written, a key of data.chat_templates.TEMPLATES; None
-                takes the run's, or the one that the checkpoint's family was trained with.
+                takes the run's, or the checkpoint's own, or the one of its language model.
 
         Raises:
             ValueError: if the model has no language model, images and markers do not fit together,
@@ -272,7 +274,7 @@ class LoadedModel:
             self.processor,
             images,
             prompts,
-            template=template or self.config["data"]["chat"]["template"],
+            template=template or self._template(),
             tokens_per_image=getattr(self.model, "tokens_per_image", 0),
         )
         decoder = getattr(self.model, "language_model", self.model)
@@ -292,6 +294,10 @@ class LoadedModel:
             ]
             tokens = np.concatenate([predict("generate", rows) for rows in cut])
         return [answering.text_of(self.processor, row, stops) for row in tokens]
+
+    def _template(self) -> str | JinjaTemplate:
+        data = self.config["data"]
+        return chat_template(data["chat"]["template"], data.get("text", {}))
 
     def _generator(self, max_new_tokens: int, stops: tuple[int, ...]) -> Predictor:
         """Returns what generates so many tokens; made once, so that it is compiled once."""

@@ -10,6 +10,7 @@ from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.data.text import byte_level
 from flax_vlm.hub.answering import conversation, image_lists
 from flax_vlm.trees import map_with_path
+from tests.data.test_jinja_templates import CHATML
 from tests.hub.folders import random_params
 
 TOKENIZER = byte_level(bos=True, special=("<image>", "<|im_start|>", "<|im_end|>"), multiple=8)
@@ -102,6 +103,15 @@ def test_a_conversation_goes_on(llava):
     ]
     whole = llava.generate([IMAGES[0]], [turns], max_new_tokens=6)
     assert whole != llava.generate([IMAGES[0]], ["Where?"], max_new_tokens=6)
+
+
+def test_the_checkpoints_own_template_comes_first(tmp_path):
+    folder = write(tmp_path, {"name": "language_model", **DECODER}, "llama")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    vlm = flax_vlm.load(folder)
+    own = vlm.generate(None, ["Hello"], max_new_tokens=6)
+    assert own == vlm.generate(None, ["Hello"], max_new_tokens=6, template="chatml")
+    assert own != vlm.generate(None, ["Hello"], max_new_tokens=6, template="vicuna_v1")
 
 
 def test_a_language_model_writes_without_images(text_model):
