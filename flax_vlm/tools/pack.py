@@ -27,8 +27,6 @@ from flax_vlm.data.conversations import ConversationPreprocess
 from flax_vlm.data.packing import filled, first_fit, size_of, write_index
 from flax_vlm.experiment import USER_ERRORS, Experiment
 
-config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
-flags.DEFINE_string("out", None, "Folder of the index.")
 FLAGS = flags.FLAGS
 
 
@@ -76,4 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # here, so that `pack` can be imported beside the flags of another program
+    config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
+    flags.DEFINE_string("out", None, "Folder of the index.")
     app.run(main)

@@ -21,8 +21,6 @@ from ml_collections import config_flags
 from flax_vlm.data.text import Tokenizer
 from flax_vlm.experiment import USER_ERRORS, Experiment
 
-config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
-flags.DEFINE_integer("samples", 3, "How many samples to print.", lower_bound=1)
 FLAGS = flags.FLAGS
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -71,4 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # here, so that `show` can be imported beside the flags of another program
+    config_flags.DEFINE_config_file("config", None, "A recipe: configs/NAME.py[:argument].")
+    flags.DEFINE_integer("samples", 3, "How many samples to print.", lower_bound=1)
     app.run(main)
