@@ -27,6 +27,7 @@ setup(
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
+        "jinja2>=3.1",  # chat templates of checkpoints, in its sandbox
         "matplotlib",
         "ml-collections>=1.1",
         "ml-dtypes",  # bfloat16 of checkpoint files

@@ -28,7 +28,11 @@ def defaults() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": ()},  # -1 = all other devices
             "checkpoint": {"every": 1000, "keep": 2, "keep_every": 0},
             "data": {
-                "name": "",  # digits, shapes, tfds:NAME, folder:PATH, jsonl:PATH, csv:PATH
+                "name": "",  # digits, shapes, tfds:NAME, folder:PATH, ...; flax_vlm/data, DATASETS
+                "rows": "captions",  # what an example becomes: captions, conversations, packed
+                # conversations: data/chat_templates.py, or "checkpoint" for that of data.text.path;
+                # images per row; leave images out
+                "chat": {"template": "vicuna_v1", "num_images": 1, "blind": False},
                 "split": "train",
                 "dir": "",  # where datasets lie; "" = $FLAX_VLM_DATA_DIR or the user's cache
                 "options": ConfigDict(),  # arguments of the source, e.g. names of columns
@@ -44,6 +48,7 @@ def defaults() -> ConfigDict:
                     "length": 64,
                     "lower": True,
                     "bos": False,
+                    "special": (),  # further tokens that no text is cut into, "<image>"
                 },
             },
             "model": ConfigDict(),  # name and arguments, flax_vlm/models

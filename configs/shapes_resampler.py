@@ -19,8 +19,13 @@ def get_config(num_latents: str = "4"):
         num_latents: Q.
     """
     config = siglip_shapes.get_config().unlock()
-    config.steps = 300
-    config.checkpoint.every = 300
+    # many small batches and the softmax loss: the compute ladder learns the most from those
+    config.steps = 800
+    config.batch_size = 32
+    config.checkpoint.every = 800
+    config.optimizer.lr = 1e-3
+    config.objective.pair_loss.name = "softmax"
+    config.data.options.train_size = 80_000  # every scene once
     config.model.embed_dim = 64
     for tower in (config.model.image, config.model.text):
         tower.update({"width": 64, "depth": 3, "mlp_dim": 256})

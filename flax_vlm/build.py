@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """Returns table[name].
@@ -34,8 +36,8 @@ def build(
         **given: arguments that the caller supplies rather than the config.
 
     Raises:
-        ValueError: if there is no name, the name is unknown, or a key is not an argument (lists the
-            choices).
+        ValueError: if there is no name, the name is unknown, a key is not an argument (lists the
+            choices), or an argument without a default is missing.
     """
     arguments = dict(spec)
     if "name" not in arguments:
@@ -52,4 +54,8 @@ def build(
         raise ValueError(
             f"unknown key {unknown} for {what} {name!r}, its keys are {sorted(allowed)}"
         )
+    wanted = [n for n, p in parameters.items() if p.default is p.empty and p.kind in _NAMED]
+    missing = [n for n in wanted if n not in arguments and n not in given]
+    if missing:
+        raise ValueError(f"missing key {missing} for {what} {name!r}, it has no default")
     return constructor(**arguments, **given)

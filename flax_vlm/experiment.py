@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from flax_vlm import trees
 from flax_vlm.build import build as build_by_name
 from flax_vlm.data import load_source
 from flax_vlm.data.accounts import Accounts, DataError
+from flax_vlm.data.chat_templates import IMAGE_MARKER
 from flax_vlm.data.pipeline import Dataset
 from flax_vlm.data.recipe import build_preprocess, build_tokenizer
 from flax_vlm.data.sources import Source
@@ -36,6 +38,8 @@ from flax_vlm.training.loop import Evaluation, Loop
 from flax_vlm.training.nonfinite import NonFiniteError, NonFiniteGuard
 from flax_vlm.training.state import TrainState, abstract_state, evaluation_params
 
+# tables of tokens: of a text tower, of a language model alone or inside of another model
+EMBEDDINGS = r"((text|language_model)/)?embedding/embedding"
 # What a person can mend: programs print the message alone.
 USER_ERRORS = (ValueError, OSError, CheckpointError, NonFiniteError, DataError)
 
@@ -57,14 +61,29 @@ class Experiment(Program):
         """The tokenizer of the config, trained on the captions of the training split if need be."""
         spec = self.config["data"]
         tokenizer = build_tokenizer(spec["text"], lambda: self._source(spec))
-        table = trees.named_leaves(self.shapes.params).get("text/embedding/embedding")
-        if table is not None and tokenizer.vocab_size > table.shape[0]:
-            raise ValueError(
-                f"the model's text vocabulary must hold the {tokenizer.vocab_size} tokens of the "
-                f"tokenizer, got {table.shape[0]}; raise model.text.vocab_size or lower "
-                f"data.text.vocab_size"
-            )
+        leaves = trees.named_leaves(self.shapes.params)
+        for path in (p for p in leaves if re.fullmatch(EMBEDDINGS, p)):
+            if tokenizer.vocab_size > leaves[path].shape[0]:
+                raise ValueError(
+                    f"the model's vocabulary {path} must hold the {tokenizer.vocab_size} tokens of "
+                    f"the tokenizer, got {leaves[path].shape[0]}; raise the model's vocab_size or "
+                    f"lower data.text.vocab_size"
+                )
+        self._check_image_token(tokenizer)
         return tokenizer
+
+    def _check_image_token(self, tokenizer: Tokenizer) -> None:
+        expected = getattr(self.objective.model, "image_token_id", None)
+        found = tokenizer.id_of(IMAGE_MARKER)
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"model.image_token_id must be the tokenizer's id of {IMAGE_MARKER!r}, {found}, "
+                f"got {expected}"
+            )
+
+    def _preprocess(self, spec: Config, *, train: bool) -> Any:
+        tokens = getattr(self.objective.model, "tokens_per_image", 0)
+        return build_preprocess(spec, self.tokenizer, train=train, tokens_per_image=tokens)
 
     def _source(self, spec: Config) -> Source:
         extra = spec.get("options", {})
@@ -77,7 +96,7 @@ class Experiment(Program):
         spec = self.config["data"]
         return Dataset(
             source=self._source(spec),
-            preprocess=build_preprocess(spec, self.tokenizer, train=True),
+            preprocess=self._preprocess(spec, train=True),
             seed=self.config["seed"],
             workers=spec["workers"],
         )
@@ -92,7 +111,7 @@ class Experiment(Program):
             source = self.config["data"] | dict(spec.pop("data"))
             dataset = Dataset(
                 source=self._source(source),
-                preprocess=build_preprocess(source, self.tokenizer, train=False),
+                preprocess=self._preprocess(source, train=False),
             )
             evaluator = build_by_name(
                 EVALUATORS, spec, "evaluator", dataset=dataset, batch_size=batch_size

@@ -47,15 +47,25 @@ def plain(config: Config) -> dict[str, Any]:
 
 def example_batch(config: Config, size: int = 1) -> dict[str, np.ndarray]:
     """Returns a batch of zeros with the shapes of the config."""
-    height, width = as_pair(config["data"]["image_size"])
-    length = config["data"]["text"]["length"]
-    return {
-        "image": np.zeros((size, height, width, 3), np.uint8),
+    spec = config["data"]
+    image, length = (*as_pair(spec["image_size"]), 3), spec["text"]["length"]
+    batch = {
         "text": np.zeros((size, length), np.int32),
         "text_mask": np.zeros((size, length), bool),
+        "example_mask": np.ones(size, bool),
+    }
+    if spec["rows"] == "packed":
+        batch |= {key: np.zeros((size, length), np.int32) for key in ("segments", "positions")}
+    if spec["rows"] in ("conversations", "packed"):
+        batch["loss_mask"] = np.zeros((size, length), bool)
+        if not spec["chat"]["blind"]:
+            images = (size, spec["chat"]["num_images"], *image)
+            batch["images"] = np.zeros(images, np.uint8)
+        return batch
+    return batch | {
+        "image": np.zeros((size, *image), np.uint8),
         "text_id": np.zeros(size, np.int32),
         "label": np.zeros(size, np.int32),
-        "example_mask": np.ones(size, bool),
     }
 
 
@@ -204,6 +214,7 @@ class Program:
             as_pair(spec["image_size"]),
             spec["text"]["length"],
             frozen=self._frozen_parts(),
+            images=spec["chat"]["num_images"],
         )
 
     def _frozen_parts(self) -> list[str]:

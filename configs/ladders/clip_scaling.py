@@ -20,7 +20,7 @@ from configs.ladders.shapes_sizes import sized
 from flax_vlm.scaling.ladder import Ladder
 
 BATCH = 86_016  # published
-SHAPES_BATCH = 128
+SHAPES_BATCH = 32
 MODELS = ("B/32", "B/16", "L/14", "H/14", "g/14", "G/14")
 
 
@@ -33,7 +33,7 @@ def shapes() -> Ladder:
             "objective.pair_loss.name": "softmax",
             "data.options.train_size": 80_000,
             "batch_size": SHAPES_BATCH,
-            "optimizer.lr": 2e-3 * 64 / width,
+            "optimizer.lr": 1e-3 * 64 / width,
             "log_every": 1,
         }
 

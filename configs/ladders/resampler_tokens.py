@@ -5,8 +5,8 @@
     python -m flax_vlm.tools.ladder commands configs/ladders/resampler_tokens.py:siglip \
         --out /shared/resampler --on slurm
 
-Equal steps and examples. `shapes` (the default): 16 patches per image. `siglip`: SigLIP B/16, 196
-patches, 1.28 billion pairs.
+Equal steps and examples. `shapes` (the default): 16 patches per image, 25,600 scenes. `siglip`:
+SigLIP B/16, 196 patches, 1.28 billion pairs.
 """
 
 from __future__ import annotations

@@ -35,7 +35,14 @@ def shapes() -> Ladder:
     """Returns the miniature."""
 
     def changes(width: int, tokens: int) -> dict[str, Any]:
-        return {**sized(width, 300), **_image(8 * round(tokens**0.5))}
+        return {
+            **sized(width, 800),
+            **_image(8 * round(tokens**0.5)),
+            "objective.pair_loss.name": "softmax",
+            "data.options.train_size": 80_000,
+            "batch_size": 32,
+            "optimizer.lr": 1e-3 * 64 / width,
+        }
 
     return Ladder(
         config="configs/siglip_shapes.py",

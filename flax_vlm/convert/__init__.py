@@ -7,7 +7,9 @@ from flax_vlm.convert import (
     clip,
     dinov2,
     eva,
+    idefics3,
     language_model,
+    llava,
     siglip,
     siglip2,
     vit,
@@ -26,4 +28,6 @@ FAMILIES: dict[str, Family] = {
     "open_clip": eva.OPEN_CLIP,
     "big_vision": big_vision.FAMILY,
     **language_model.FAMILIES,
+    **llava.FAMILIES,
+    **idefics3.FAMILIES,
 }

@@ -162,9 +162,13 @@ def text_rules() -> list[Rule]:
     ]
 
 
-def rules(model: nn.Module) -> list[Rule]:
-    """Returns the table of CLIP."""
-    tensor, leaf = "vision_model", "image"
+def vision_rules(tensor: str = "vision_model") -> list[Rule]:
+    """Returns the rules of the image tower, without its head.
+
+    Args:
+        tensor: prefix of its tensors.
+    """
+    leaf = "image"
     return [
         rule(f"{tensor}.embeddings.class_embedding", f"{leaf}/cls", VECTOR),
         *conv(f"{tensor}.embeddings.patch_embedding", f"{leaf}/patches"),
@@ -172,7 +176,14 @@ def rules(model: nn.Module) -> list[Rule]:
         *norm(f"{tensor}.pre_layrnorm", f"{leaf}/ln_pre"),  # spelled so in the files
         *openai_block(f"{tensor}.encoder.layers.{{layer}}", f"{leaf}/encoder/blocks"),
         *norm(f"{tensor}.post_layernorm", f"{leaf}/encoder/norm"),
-        *dense("visual_projection", f"{leaf}/head"),
+    ]
+
+
+def rules(model: nn.Module) -> list[Rule]:
+    """Returns the table of CLIP."""
+    return [
+        *vision_rules(),
+        *dense("visual_projection", "image/head"),
         *text_rules(),
         *dense("text_projection", "text/head"),
         rule("logit_scale", "logit_scale"),

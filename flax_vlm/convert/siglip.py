@@ -75,9 +75,13 @@ def write(model: nn.Module) -> dict[str, Any]:
     )
 
 
-def shared_rules() -> list[Rule]:
-    """Returns the table of SigLIP without the patch embedding, which NaFlex has otherwise."""
-    tensor, leaf = "vision_model", "image"
+def vision_rules(tensor: str = "vision_model") -> list[Rule]:
+    """Returns the rules of the image tower without the patch embedding, which NaFlex has otherwise.
+
+    Args:
+        tensor: prefix of its tensors.
+    """
+    leaf = "image"
     head, pool = f"{tensor}.head", f"{leaf}/pool"
     return [
         rule(f"{tensor}.embeddings.position_embedding.weight", f"{leaf}/positions"),
@@ -92,6 +96,13 @@ def shared_rules() -> list[Rule]:
         ),
         *norm(f"{head}.layernorm", f"{pool}/norm"),
         *mlp(f"{head}.mlp.fc1", f"{head}.mlp.fc2", f"{pool}/mlp"),
+    ]
+
+
+def shared_rules() -> list[Rule]:
+    """Returns the table of SigLIP without the patch embedding."""
+    return [
+        *vision_rules(),
         *text_rules(),
         *dense("text_model.head", "text/head"),
         rule("logit_scale", "logit_scale", SCALAR),

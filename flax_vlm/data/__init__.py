@@ -11,7 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_vlm.build import build
-from flax_vlm.data import benchmarks, digits, shapes_world, sources, tfds_source
+from flax_vlm.data import (
+    benchmarks,
+    digits,
+    instructions,
+    llava_json,
+    packing,
+    shapes_world,
+    sources,
+    tfds_source,
+)
 from flax_vlm.data.sources import Source
 
 
@@ -32,6 +41,27 @@ def _shapes(
     _check_no_argument("shapes", argument)
     sizes = {"image_size": image_size, "train_size": train_size, "test_size": test_size}
     return shapes_world.load_shapes(split=split, data_dir=data_dir, **sizes)
+
+
+def _instructions(argument: str, *, split: str, data_dir: str | None, **options: Any) -> Source:
+    _check_no_argument("instructions", argument)
+    return instructions.load_instructions(split=split, data_dir=data_dir, **options)
+
+
+def _llava(argument: str, *, split: str, data_dir: str | None, images: str | None = None) -> Source:
+    _check_argument("llava", argument, "the path of a JSON file")
+    if split != "train":
+        raise ValueError(f"a file of LLaVA's format is one split, train, got {split!r}")
+    return llava_json.load_llava(argument, images)
+
+
+def _packed(argument: str, *, split: str, data_dir: str | None, **options: Any) -> Source:
+    _check_argument("packed", argument, "the index.json that flax_vlm.tools.pack wrote")
+    if split != "train":
+        raise ValueError(f"an index of packed rows is one split, train, got {split!r}")
+    index = packing.read_index(argument)
+    examples = load_source(**index["source"] | options, data_dir=data_dir)
+    return packing.packed_source(examples, index)
 
 
 def _tfds(
@@ -79,6 +109,9 @@ def _check_argument(name: str, argument: str, what: str) -> None:
 DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "shapes": _shapes,
+    "instructions": _instructions,
+    "llava": _llava,
+    "packed": _packed,
     "tfds": _tfds,
     "folder": _folder,
     "jsonl": _list,

@@ -221,8 +221,9 @@ def _dataset(load: Callable[..., MemorySource]) -> Callable[..., MemorySource]:
     """Returns a row of data.DATASETS for a file that is one split."""
 
     def build(argument: str, *, split: str, data_dir: str | None, images: str = "") -> MemorySource:
+        paths = _paths(argument, images)
         _check_whole(argument, split)
-        return load(*_paths(argument, images))
+        return load(*paths)
 
     return build
 

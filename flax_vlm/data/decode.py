@@ -32,6 +32,7 @@ REASONS: tuple[str, ...] = (
     "too_long",  # sides differ by more than MAX_ASPECT
     "unsupported",  # float or 32-bit pixels, whose range nobody knows; LAB
     "animated",  # several frames; the first is used, so the example is not lost
+    "text_too_long",  # a conversation of which no answer fits into the context
 )
 USABLE = ("ok", "animated")
 

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{**_ALL, **_CLIP, "resample": _BICUBIC},
         "size": {"height": 384, "width": 384},
     },
+    "LlavaImageProcessor": {**_ALL, **_CLIP, **_CROPPED, "resample": _BICUBIC},
     "Siglip2ImageProcessor": {
         **{**_ALL, **_HALF, "resample": _BILINEAR},
         **{"patch_size": 16, "max_num_patches": 256},
@@ -71,6 +72,7 @@ OF_MODEL: dict[str, str] = {
     "clip": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
     "siglip2": "Siglip2ImageProcessor",
+    "llava": "LlavaImageProcessor",
     "dinov2": "BitImageProcessor",
     "dinov2_with_registers": "BitImageProcessor",
     "blip-2": "BlipImageProcessor",
@@ -119,6 +121,8 @@ class ImageRecipe:
             "image_std": list(self.std),
         }
         names = [op["name"] for op in self.ops]
+        if names[:1] == ["pad_to_square"] and self.processor == "LlavaImageProcessor":
+            names = names[1:]
         if names not in _EXPORTABLE:
             raise ValueError(
                 f"transformers can do one of the image operations {_EXPORTABLE}, got {names}; "
@@ -167,6 +171,7 @@ def _export_center_crop(op: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _EXPORTS = {
+    "pad_to_square": lambda op: {"do_pad": True},
     "resize": _export_resize,
     "resize_small": _export_resize_small,
     "center_crop": _export_center_crop,
@@ -217,8 +222,8 @@ def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe:
     name = _class_name(config)
     defaults = lookup(DEFAULTS, name, "image processor of transformers")
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-    if config["do_pad"]:
-        raise ValueError(f"flax_vlm does not pad images, got do_pad in the {FILE} of {name}")
+    if config["do_pad"] and name != "LlavaImageProcessor":
+        raise ValueError(f"of {name} do_pad must be false in {FILE}: only LLaVA's is known here")
     mean, std = _normalisation(config)
     if name == "Siglip2ImageProcessor":
         if not config["do_resize"]:
@@ -232,6 +237,9 @@ def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe:
 def _operations(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     ops: list[dict[str, Any]] = []
     final = None
+    if config["do_pad"]:  # with the mean colour, cut off to whole levels as LLaVA does
+        mean = _channels(config["image_mean"], "image_mean")
+        ops.append({"name": "pad_to_square", "color": tuple(int(255 * m) for m in mean)})
     if config["do_resize"]:
         size = _size(config["size"], config["default_to_square"])
         if isinstance(size, int):

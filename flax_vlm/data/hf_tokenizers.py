@@ -135,6 +135,26 @@ def load_tokenizer(folder: str | os.PathLike) -> TextRecipe:
     return TextRecipe(Tokenizer(tokenizer.to_str()), length, family.uses_mask)
 
 
+def load_chat_tokenizer(folder: str | os.PathLike) -> TextRecipe:
+    """Returns the tokenizer of a language model: tokenizer.json, with the begin and end tokens that
+    tokenizer_config.json or config.json name. Conversations write those out themselves.
+
+    Raises:
+        ValueError: if there is no tokenizer.json, or no end token.
+    """
+    folder = pathlib.Path(folder)
+    config = {**read_json(folder, SPECIAL), **read_json(folder, CONFIG)}
+    tokenizer = _from_json(folder)
+    tokenizer.no_truncation()
+    bos, eos, pad = (_content(config.get(f"{key}_token")) for key in ("bos", "eos", "pad"))
+    if eos is None:
+        raise ValueError(f"{folder / CONFIG} must name the eos_token, it does not")
+    _set_ends(tokenizer, bos, eos, folder)
+    _set_padding(tokenizer, pad or eos, folder)
+    length = _length(folder, config, None)
+    return TextRecipe(Tokenizer(tokenizer.to_str()), length, uses_mask=True)
+
+
 def _class_name(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
     name, family = config.get("tokenizer_class"), model_type(folder)
     if name is None:

@@ -179,6 +179,29 @@ PADDINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class PadToSquare:
+    """Puts the image into the middle of a square, so that a resize keeps its aspect ratio.
+
+    What LLaVA-1.5 does with "image_aspect_ratio": "pad", in the mean colour of its encoder.
+
+    Attributes:
+        color: RGB in 0..255 of what is added.
+    """
+
+    color: tuple[int, int, int] = (0, 0, 0)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns the image padded on two sides; of an odd difference the larger half is last."""
+        height, width = image.shape[:2]
+        side = max(height, width)
+        top, left = (side - height) // 2, (side - width) // 2
+        square = np.empty((side, side, 3), np.uint8)
+        square[:] = self.color
+        square[top : top + height, left : left + width] = image
+        return square
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomCrop:
     """Cuts out a window at a random place of the image, widened by `pad` on every side.
 
@@ -317,6 +340,7 @@ IMAGE_OPS: dict[str, Callable[..., ImageOp]] = {
     "resize": Resize,
     "resize_small": ResizeSmall,
     "center_crop": CenterCrop,
+    "pad_to_square": PadToSquare,
     "random_crop": RandomCrop,
     "random_resized_crop": RandomResizedCrop,
     "flip": Flip,

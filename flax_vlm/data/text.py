@@ -42,6 +42,10 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(json)
         # not in the file: "<eos>" in a caption is text, not the end of it
         self._tokenizer.encode_special_tokens = True
+        # for conversations, whose templates write special tokens out
+        self._chat = tokenizers.Tokenizer.from_str(json)
+        self._chat.encode_special_tokens = False
+        self._chat.no_padding()
         padding = self._tokenizer.padding
         around = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         ids = self._tokenizer.encode("").ids
@@ -98,6 +102,22 @@ class Tokenizer:
             mask[row, : len(tokens)] = True
         return ids, mask, truncated
 
+    def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids of a text with nothing put around it, and the (start, stop) of the
+        characters of each. Special tokens that are written out in the text are tokens here.
+        """
+        found = self._chat.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def special(self, name: str) -> str:
+        """Returns how the "pad", "bos" or "eos" token is written, "" if there is none."""
+        index = getattr(self, f"{name}_id")
+        return "" if index is None else self.token(index)
+
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token as it is written, None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def decode(self, ids: np.ndarray | Sequence) -> str | list[str]:
         """Returns the text of ids [L], or the list of texts of ids [n, L], up to the end token."""
         array = np.asarray(ids)
@@ -146,6 +166,7 @@ def train_bpe(
     vocab_size: int = 4096,
     lower: bool = False,
     bos: bool = False,
+    special: Sequence[str] = (),
     multiple: int = 128,
 ) -> Tokenizer:
     """Returns a byte-level BPE tokenizer trained on texts; the same texts give the same tokenizer.
@@ -156,12 +177,13 @@ def train_bpe(
             more pairs to merge.
         lower: write all texts in lower case, in training and in use.
         bos: start every text with a begin token.
+        special: further tokens that no text is cut into, such as "<image>".
         multiple: round the number of ids up to a multiple of this.
 
     Raises:
         ValueError: if the vocabulary has no room for the bytes.
     """
-    special = _special_tokens(bos)
+    special = [*_special_tokens(bos), *special]
     least = 256 + len(special)
     if vocab_size < least:
         raise ValueError(f"vocab_size must be at least {least} for all bytes, got {vocab_size}")
@@ -177,7 +199,12 @@ def train_bpe(
 
 
 def byte_level(
-    texts: Iterable[str] = (), *, lower: bool = False, bos: bool = False, multiple: int = 128
+    texts: Iterable[str] = (),
+    *,
+    lower: bool = False,
+    bos: bool = False,
+    special: Sequence[str] = (),
+    multiple: int = 128,
 ) -> Tokenizer:
     """Returns a tokenizer with one token per UTF-8 byte.
 
@@ -185,9 +212,10 @@ def byte_level(
         texts: not used; here so that all entries of TOKENIZERS are called alike.
         lower: write all texts in lower case.
         bos: start every text with a begin token.
+        special: see `train_bpe`.
         multiple: round the number of ids up to a multiple of this.
     """
-    special = _special_tokens(bos)
+    special = [*_special_tokens(bos), *special]
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
     return _finish(_bare(model, lower), special, multiple)

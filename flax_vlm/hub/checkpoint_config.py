@@ -20,7 +20,8 @@ from flax_vlm.convert.family import drops_remainder
 from flax_vlm.convert.loading import read_config, read_spec
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
-from flax_vlm.data.hf_tokenizers import TextRecipe, load_tokenizer
+from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
+from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.data.naflex import NaflexRecipe
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models import MODELS
@@ -32,6 +33,17 @@ from flax_vlm.snapshots import find_folder
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "siglip": {"name": "contrastive", "pair_loss": {"name": "sigmoid"}},
     "clip": {"name": "contrastive", "pair_loss": {"name": "softmax"}},
+    "llava": {"name": "next_token"},
+    "language_model": {"name": "next_token"},
+}
+# model_type of the language model: how conversations are written where a folder has no template
+CHATS = {
+    "llama": "vicuna_v1",
+    "mistral": "llama2",
+    "qwen2": "chatml",
+    "qwen3": "chatml",
+    "gemma": "gemma",
+    "gemma2": "gemma",
 }
 ENCODER = {"name": "encoder"}  # objectives/encoder.py: predictions without a loss
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
@@ -45,15 +57,10 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         source: a folder in the Hugging Face format or a hub id.
 
     Raises:
-        ValueError: if the folder is none of a supported family, or of a language model.
+        ValueError: if the folder is none of a supported family.
     """
     folder = find_folder(source)
-    model_type, spec = read_spec(folder)
-    if spec["name"] == "language_model":
-        raise ValueError(
-            f"this needs a vision model, {source} is a language model ({model_type}); "
-            f"convert.loading.load_pretrained reads it, docs/generation.md shows how"
-        )
+    _, spec = read_spec(folder)
     processor = load_processor(folder, spec)
     recipe, text = processor.image_recipe, processor.text_recipe
     objective = {"name": "classification"} if "num_classes" in spec else ENCODER
@@ -63,12 +70,20 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         data = {"image_size": recipe.image_size, "eval_ops": recipe.ops}
     if text is not None:
         data["text"] = {"tokenizer": "pretrained", "path": str(source), "length": text.length}
-    return {
-        "model": spec,
-        "objective": {**objective, "image_mean": recipe.mean, "image_std": recipe.std},
-        "data": data,
-        "evals": {},
-    }
+    if objective["name"] == "next_token":
+        data |= {"rows": "conversations", "chat": {"template": _chat_template(folder)}}
+    if recipe is not None:
+        objective = {**objective, "image_mean": recipe.mean, "image_std": recipe.std}
+    return {"model": spec, "objective": objective, "data": data, "evals": {}}
+
+
+def _chat_template(folder: pathlib.Path) -> str:
+    """Returns "checkpoint" where a folder has a template of its own, else see CHATS."""
+    if load_template(folder) is not None:
+        return "checkpoint"
+    model_type, config = read_config(folder)
+    text = config.get("text_config") or {}
+    return CHATS[model_type if model_type in CHATS else text.get("model_type", "llama")]
 
 
 def evaluation_config(recipe: Mapping[str, Any], source: str | os.PathLike) -> dict[str, Any]:
@@ -124,9 +139,13 @@ def load_processor(folder: pathlib.Path, spec: dict[str, Any]) -> Processor:
         ValueError: if its files ask for what flax_vlm does not do.
     """
     text = None
-    if "text" in spec and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    if "text" in spec and has_tokenizer:
         text = _fitted(load_tokenizer(folder), spec["text"]["length"])
-    return Processor(_image_recipe(folder, spec), text)
+    if spec["name"] in ("llava", "language_model") and has_tokenizer:
+        text = load_chat_tokenizer(folder)
+    recipe = None if spec["name"] == "language_model" else _image_recipe(folder, spec)
+    return Processor(recipe, text)
 
 
 def _fitted(text: TextRecipe, length: int) -> TextRecipe:

@@ -16,15 +16,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_vlm.build import lookup
+from flax_vlm.data.jinja_templates import JinjaTemplate
+from flax_vlm.data.recipe import chat_template
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.evaluation.zero_shot import TEMPLATES
+from flax_vlm.hub import answering
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models.attention_maps import pooling_attention
 from flax_vlm.models.vit import ViTClassifier
 from flax_vlm.objectives.base import Objective, Params, PredictFn
 from flax_vlm.objectives.encoder import Encoder
 from flax_vlm.objectives.inputs import image_input
+from flax_vlm.objectives.next_token import NextToken
 from flax_vlm.training.sharding import batch_sharding, data_shard
 
 # For checkpoints, which say nothing of their prompts (CLIP, section 3.1.4).
@@ -77,6 +81,7 @@ class LoadedModel:
     step: int | None = None
     batch_size: int = 64
     mesh: jax.sharding.Mesh | None = None
+    _generators: dict[int, Predictor] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -97,7 +102,9 @@ class LoadedModel:
 
     @functools.cached_property
     def _predictor(self) -> Predictor:
-        predictions = {**self.objective.predictions, "attention": self._attention()}
+        predictions = dict(self.objective.predictions)
+        if "image_embedding" in predictions:
+            predictions["attention"] = self._attention()
         if self.mesh is None:
             return Predictor(predictions, self.params, self.extras)
         rows = batch_sharding(self.mesh)
@@ -232,6 +239,77 @@ class LoadedModel:
             return DEFAULT_TEMPLATES
         evals = self.config["evals"].values()
         return next((e["templates"] for e in evals if e.get("templates")), TEMPLATES["name"])
+
+    def generate(
+        self,
+        images: Sequence[Any] | None,
+        prompts: Sequence[answering.Prompt],
+        max_new_tokens: int = 64,
+        *,
+        template: str | None = None,
+    ) -> list[str]:
+        """Returns the most probable answer to every prompt.
+
+        Args:
+            images: one entry per prompt: an image (PIL, array, bytes or path), a list of them, or
+                None; None for text alone.
+            prompts: questions, or conversations so far, [{"role": "user", "content": ...}, ...].
+                "<image>" says where an image goes; without it images stand in front.
+            max_new_tokens: at most so many tokens are generated.
+            template: how conversations are written, a key of data.chat_templates.TEMPLATES; None
+                takes the run's, or the checkpoint's own, or the one of its language model.
+
+        Raises:
+            ValueError: if the model has no language model, images and markers do not fit together,
+                an image cannot be read, or the text outgrows the model's context.
+        """
+        if not isinstance(self.objective, NextToken):
+            found = type(self.model).__name__
+            raise ValueError(f"generate needs a language model, this is a {found}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if len(prompts) == 0:
+            return []
+        batch = answering.prompt_batch(
+            self.processor,
+            images,
+            prompts,
+            template=template or self._template(),
+            tokens_per_image=getattr(self.model, "tokens_per_image", 0),
+        )
+        decoder = getattr(self.model, "language_model", self.model)
+        longest = int(batch["text_mask"].sum(axis=1).max()) + max_new_tokens
+        if longest > decoder.length:
+            raise ValueError(
+                f"prompt and answer must fit into the model's context of {decoder.length} tokens, "
+                f"got up to {longest}; ask for fewer tokens or shorten the prompt"
+            )
+        stops = answering.stop_ids(self.processor)
+        predict = self._generator(max_new_tokens, stops)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            size = self.batch_size
+            cut = [
+                {key: x[i : i + size] for key, x in batch.items()}
+                for i in range(0, len(prompts), size)
+            ]
+            tokens = np.concatenate([predict("generate", rows) for rows in cut])
+        return [answering.text_of(self.processor, row, stops) for row in tokens]
+
+    def _template(self) -> str | JinjaTemplate:
+        data = self.config["data"]
+        return chat_template(data["chat"]["template"], data.get("text", {}))
+
+    def _generator(self, max_new_tokens: int, stops: tuple[int, ...]) -> Predictor:
+        """Returns what generates so many tokens; made once, so that it is compiled once."""
+        made = self._generators
+        if max_new_tokens not in made:
+            objective = dataclasses.replace(
+                self.objective, max_new_tokens=max_new_tokens, stop_ids=stops
+            )
+            made[max_new_tokens] = dataclasses.replace(
+                self._predictor, predictions=objective.predictions, _programs={}, _sizes={}
+            )
+        return made[max_new_tokens]
 
     def save_pretrained(self, folder: str | os.PathLike, **options: Any) -> str:
         """Writes a folder that transformers loads; see `flax_vlm.save_pretrained`."""

@@ -38,12 +38,19 @@ from flax_vlm.objectives import build_objective
 from flax_vlm.objectives.base import Objective
 from flax_vlm.objectives.encoder import Encoder
 from flax_vlm.objectives.lora import merge, split_adapters
+from flax_vlm.objectives.next_token import NextToken
 from flax_vlm.snapshots import find_folder
 from flax_vlm.training import workdir
 from flax_vlm.training.checkpoints import load_params, parameter_shapes
 from flax_vlm.training.sharding import Rule, parameter_shardings
 
 Shardings = Callable[[Any], Any]
+# parts of a model that have a dtype each; the connector of a llava follows its language model
+DTYPE_PARTS = {
+    "siglip": ("image", "text"),
+    "clip": ("image", "text"),
+    "llava": ("image", "language_model"),
+}
 
 
 def load(
@@ -150,9 +157,10 @@ def with_dtype(spec: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """Returns the config of a model whose matmuls are in another dtype; None leaves it."""
     if dtype is None:
         return dict(spec)
-    if hasattr(build(MODELS, spec, "model"), "text"):
-        return {**spec, **{t: {**spec.get(t, {}), "dtype": dtype} for t in ("image", "text")}}
-    return {**spec, "dtype": dtype}
+    parts = DTYPE_PARTS.get(spec["name"], ())
+    if not parts:
+        return {**spec, "dtype": dtype}
+    return {**spec, **{part: {**spec.get(part, {}), "dtype": dtype} for part in parts}}
 
 
 def _run_processor(
@@ -169,6 +177,10 @@ def _run_processor(
         mean=tuple(objective.image_mean),
         std=tuple(objective.image_std),
     )
+    if isinstance(objective, NextToken):
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        text = TextRecipe(tokenizer, data["text"]["length"], uses_mask=True)
+        return Processor(recipe if objective.sees else None, text)
     if not hasattr(objective.model, "text"):
         return Processor(recipe, None)
     # transformers would hide padding from SigLIP's text encoder if its tokenizer gave a mask

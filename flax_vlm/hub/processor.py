@@ -22,12 +22,13 @@ class Processor:
     """Images and texts -> batch.
 
     Attributes:
-        image_recipe: operations on pixels, mean and std; for NaFlex, packing.
+        image_recipe: operations on pixels, mean and std; for NaFlex, packing; None where the model
+            takes no images.
         text_recipe: tokenizer and length; None where the model takes no texts, or its folder has no
             tokenizer.
     """
 
-    image_recipe: ImageRecipe | NaflexRecipe
+    image_recipe: ImageRecipe | NaflexRecipe | None
     text_recipe: TextRecipe | None
 
     @property
@@ -56,6 +57,8 @@ class Processor:
             ValueError: if one of them cannot be read, with its position and the reason; if there
                 are none.
         """
+        if self.image_recipe is None:
+            raise ValueError("this model reads text alone, it takes no images")
         if len(images) == 0:
             raise ValueError("images must be a list of at least one, got an empty one")
         pixels = [_read(image, i) for i, image in enumerate(images)]

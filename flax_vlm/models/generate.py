@@ -125,8 +125,7 @@ def _slots(prompt: Prompt, new: int) -> int:
     if (prompt.text is None) == (prompt.embeddings is None):
         raise ValueError("a prompt is text or embeddings, give one of the two")
     batch, length = prompt.shape
-    # over several processes no single one can look at all rows
-    if prompt.mask is not None and getattr(prompt.mask, "is_fully_addressable", True):
+    if prompt.mask is not None and _is_readable(prompt.mask):
         blind = np.flatnonzero(~np.asarray(prompt.mask).any(axis=1))
         if len(blind):
             raise ValueError(f"every row of a prompt needs a real token, rows {blind} have none")
@@ -136,6 +135,12 @@ def _slots(prompt: Prompt, new: int) -> int:
     if rows not in (1, batch):
         raise ValueError(f"a prefix has one row or those of the prompt, got {rows} for {batch}")
     return prompt.prefix.capacity + length + new
+
+
+def _is_readable(mask: Any) -> bool:
+    # in a jitted program there is nothing to look at, and over several processes no single one can
+    # look at all rows
+    return not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

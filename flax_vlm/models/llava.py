@@ -111,6 +111,21 @@ class Llava(nn.Module):
             tokens = jnp.concatenate([tokens, last.astype(tokens.dtype)], axis=1)
         return tokens
 
+    def image_tokens(self, images: jax.Array) -> jax.Array:
+        """Returns [B, I T, D]: the encoder's output after its final norm, class token, registers
+        and patches in row-major order, image after image.
+
+        Args:
+            images: [B, I, H, W, C] or [B, H, W, C] float32, normalised.
+        """
+        flat = images.reshape(-1, *images.shape[-3:])
+        tokens = self.image.features(flat)
+        return tokens.reshape(images.shape[0], -1, tokens.shape[-1])
+
+    def logits(self, tokens: jax.Array) -> jax.Array:
+        """Returns [..., V] float32 for tokens [..., D] after the final norm."""
+        return self.language_model.logits(tokens)
+
     def embed(
         self,
         text: jax.Array,

@@ -241,14 +241,14 @@ class VisionTransformer(nn.Module):
         Args:
             image: [B, H, W, C] float32, normalised.
             layer: of how many blocks, without the final norm; None of all, with it.
-            train: dropout and patch dropout are on.
+            train: dropout is on.
         """
+        if self.is_initializing():  # pooling has parameters, too
+            self(image)
         return self._tokens(image, train=train, layer=layer)
 
-    def _encode(
-        self, image: jax.Array, *, train: bool, masked: jax.Array | None = None
-    ) -> VisionOutput:
-        tokens = self._tokens(image, train=train, masked=masked)
+    def _encode(self, image: jax.Array, **options: Any) -> VisionOutput:
+        tokens = self._tokens(image, **options)
         return VisionOutput(tokens, self._pool(tokens))
 
     def _tokens(
@@ -356,7 +356,7 @@ class ViTClassifier(VisionTransformer):
 def vit_fields(
     variant: str | None, pool: str, class_token: bool | None, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the fields of a VisionTransformer; for the arguments see `build_vit`."""
+    """Returns the fields of a VisionTransformer; arguments of `build_vit`."""
     given = {"pooling": pool, "class_token": pool == "cls" if class_token is None else class_token}
     given |= decode_variant(variant) if variant is not None else {}
     given |= fields

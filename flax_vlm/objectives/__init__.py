@@ -11,11 +11,13 @@ from flax_vlm.objectives.classification import Classification
 from flax_vlm.objectives.contrastive import Contrastive
 from flax_vlm.objectives.lora import with_lora
 from flax_vlm.objectives.momentum_contrast import MomentumContrast
+from flax_vlm.objectives.next_token import NextToken
 
 OBJECTIVES = {
     "contrastive": Contrastive,
     "momentum_contrast": MomentumContrast,
     "classification": Classification,
+    "next_token": NextToken,
 }
 
 

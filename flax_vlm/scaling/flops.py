@@ -6,7 +6,8 @@ Conventions, to be stated wherever a number is shown:
 - one multiply-add is 2 FLOPs; matmuls alone are counted (projections, scores q k^T, weights times
   v, patch embedding, heads); softmax, norms, activations, embedding look-ups and the loss are not;
 - attention is counted in full, causal or not (MaxText halves causal attention, Levanter does not);
-- the backward pass costs twice the forward pass: a trained tower counts 3 times, a frozen one once;
+- the backward pass costs twice the forward pass: a trained tower counts 3 times, a frozen one once,
+  and a frozen language model behind a connector that is trained twice, for the gradient passes it;
 - what rematerialisation computes again is not counted, nor are patches that patch dropout drops.
 
 Published tables differ: Cherti et al. 2022 print GMAC (half of these FLOPs) and open_clip GFLOP,
@@ -26,15 +27,24 @@ from typing import Any
 from flax import linen as nn
 
 from flax_vlm.models.language_model import LanguageModel
+from flax_vlm.models.llava import Llava
 from flax_vlm.models.text_encoder import TextEncoder
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import VisionTransformer, ViTClassifier
+from flax_vlm.nn.compression import PixelShuffle
+from flax_vlm.nn.connectors import (
+    LinearConnector,
+    MlpConnector,
+    PixelShuffleConnector,
+    ResamplerConnector,
+)
 from flax_vlm.nn.patches import Size, as_pair, grid_size, num_kept
 from flax_vlm.nn.resampler import PerceiverResampler
 from flax_vlm.scaling.decoder_flops import language_model_flops
 
 TOWERS = ("image", "text")
-PARTS = (*TOWERS, "encoder")  # what can be frozen
+LLAVA_PARTS = ("image", "connector", "language_model")  # in the order of the forward pass
+PARTS = ("image", "text", "connector", "language_model", "encoder")  # what can be frozen
 
 
 def encoder_flops(
@@ -126,6 +136,77 @@ def vision_flops(
     return flops + 2 * model.width * outputs
 
 
+def connector_flops(
+    connector: nn.Module, width: int, tokens: int, *, attention: bool = True
+) -> int:
+    """Returns the forward FLOPs of a connector on the tokens of one image.
+
+    Args:
+        connector: one of nn.connectors.CONNECTORS.
+        width: D, of the tokens.
+        tokens: P.
+        attention: count scores and weights times v.
+
+    Raises:
+        ValueError: for a connector that has no formula here.
+    """
+    out = connector.width
+    if isinstance(connector, LinearConnector):
+        return 2 * tokens * width * out
+    if isinstance(connector, MlpConnector):
+        return 2 * tokens * (width * out + out * out)
+    if isinstance(connector, PixelShuffleConnector):
+        return 2 * connector.num_tokens(tokens) * connector.scale**2 * width * out
+    if isinstance(connector, ResamplerConnector):
+        resampler = PerceiverResampler(**connector.resampler)
+        inside = resampler_flops(width, resampler, tokens, attention=attention)
+        return inside + 2 * resampler.num_latents * width * out
+    raise ValueError(f"there is no formula for a {type(connector).__name__}")
+
+
+def llava_flops(
+    model: Llava,
+    image_size: Size | None = None,
+    text_length: int | None = None,
+    *,
+    images: int = 1,
+    attention: bool = True,
+) -> dict[str, int]:
+    """Returns {part: forward FLOPs of one example} of a language model that sees.
+
+    Blocks of the encoder behind the feature layer are not run; compression is not counted, but what
+    it saves is.
+
+    Args:
+        model: a Llava whose encoder is a VisionTransformer.
+        image_size: pixels; None takes the model's.
+        text_length: L, visual tokens included; None takes the language model's context.
+        images: I per example.
+        attention: count scores and weights times v.
+    """
+    tower, used = model.image, model.feature_layer
+    tower = tower.clone(
+        depth=tower.depth if used is None else used,
+        pooling="gap",  # the features of patches are taken, not a pooled vector
+        resampler=None,
+        embed_dim=None,
+    )
+    patches, tokens = num_tokens(tower, image_size)
+    tokens = tokens if model.keep_prefix else patches
+    width = tower.width
+    if model.compression is not None:
+        wider = isinstance(model.compression, PixelShuffle)
+        width *= model.compression.scale**2 if wider else 1
+        tokens = model.compression.num_tokens(tokens)
+    return {
+        "image": images * vision_flops(tower, image_size, attention=attention),
+        "connector": images * connector_flops(model.connector, width, tokens, attention=attention),
+        "language_model": language_model_flops(
+            model.language_model, text_length, attention=attention
+        ),
+    }
+
+
 def num_tokens(model: VisionTransformer, image_size: Size | None = None) -> tuple[int, int]:
     """Returns how many patches are embedded and how many tokens the blocks see, in training."""
     size = model.image_size if image_size is None else image_size
@@ -187,19 +268,24 @@ def forward_flops(
     image_size: Size | None = None,
     text_length: int | None = None,
     *,
+    images: int = 1,
     attention: bool = True,
 ) -> dict[str, int]:
     """Returns {tower: forward FLOPs of one example}, the tower of a single encoder "encoder".
 
     Args:
-        model: a VisionTransformer, ViTClassifier, TextEncoder, CLIP or SigLIP.
+        model: a VisionTransformer, ViTClassifier, TextEncoder, CLIP, SigLIP, LanguageModel or
+            Llava.
         image_size: pixels; None takes the model's.
         text_length: tokens per text; None takes the model's context.
+        images: per example, of a Llava.
         attention: count scores and weights times v; Nezhurina et al. do not.
 
     Raises:
         ValueError: for a model that has no formula here.
     """
+    if isinstance(model, Llava):
+        return llava_flops(model, image_size, text_length, images=images, attention=attention)
     return tower_costs(model, FLOPS, image_size, text_length, attention=attention)
 
 
@@ -216,23 +302,31 @@ def train_flops_per_example(
     image_size: Size | None = None,
     text_length: int | None = None,
     frozen: Sequence[str] = (),
+    images: int = 1,
 ) -> int:
     """Returns the FLOPs of one training step divided by its batch size.
 
     Args:
-        model: a VisionTransformer, ViTClassifier, TextEncoder, CLIP or SigLIP.
+        model: as in `forward_flops`.
         image_size: pixels; None takes the model's.
         text_length: tokens per text; None takes the model's context.
-        frozen: what is not trained, forward pass alone: towers of a two-tower model ("image",
-            "text"), or the "encoder" of a single one (the backward pass of its head is left out).
+        frozen: what is not trained: towers of a two-tower model ("image", "text"), LLAVA_PARTS, or
+            the "encoder" of a single one (the backward pass of its head is left out).
+        images: per example, of a Llava.
 
     Raises:
         ValueError: for a model that has no formula here, or a part that it does not have.
     """
-    forward = forward_flops(model, image_size, text_length)
+    forward = forward_flops(model, image_size, text_length, images=images)
     unknown = [name for name in frozen if name not in forward]
     if unknown:
         raise ValueError(
             f"frozen names parts of a {type(model).__name__} ({list(forward)}), got {unknown}"
         )
-    return sum(flops * (1 if name in frozen else 3) for name, flops in forward.items())
+    in_order = isinstance(model, Llava)
+    total, trained_before = 0, False
+    for name, flops in forward.items():
+        times = 3 if name not in frozen else 2 if in_order and trained_before else 1
+        total += times * flops
+        trained_before |= name not in frozen
+    return total

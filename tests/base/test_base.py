@@ -71,6 +71,7 @@ def make_thing(size, *, color="red", given=None):
         ({"name": "think", "size": 1}, "unknown thing 'think', choose .*; did you mean"),
         ({"name": "thing", "size": 1, "colour": 2}, "unknown key .'colour'. for thing 'thing'"),
         ({"size": 1}, "needs a key 'name'"),
+        ({"name": "thing", "color": "blue"}, "missing key .'size'. for thing 'thing'"),
     ],
 )  # fmt: skip
 def test_building_by_name_lists_the_choices(spec, message):

@@ -145,8 +145,11 @@ def test_what_transformers_cannot_do_is_not_exported():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"image_processor_type": "LlavaImageProcessor"}, "unknown image processor.*choose one of"),
-        ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "does not pad"),
+        (
+            {"image_processor_type": "Idefics3ImageProcessor"},
+            "unknown image processor.*choose one of",
+        ),
+        ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "do_pad must be false"),
         ({"image_processor_type": "ViTImageProcessor", "resample": 5}, "resample.*got 5"),
         ({"image_processor_type": "ViTImageProcessor", "resample": "3"}, "resample.*got '3'"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5]}, "image_mean"),

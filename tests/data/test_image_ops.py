@@ -12,6 +12,7 @@ OPS = {
     "resize": {"size": (7, 5)},
     "resize_small": {"size": 8},
     "center_crop": {"size": [5, 9]},
+    "pad_to_square": {"color": (1, 2, 3)},
     "random_crop": {"size": (12, 18), "pad": 3},
     "random_resized_crop": {"size": 6},
     "flip": {},
@@ -205,3 +206,13 @@ def test_center_crop_fills_what_lies_outside_on_demand():
     assert (wide[:, :2] == 9).all() and (wide[:, 20:] == 9).all()
     small = run(op("center_crop", size=(5, 9), fill=9))
     np.testing.assert_array_equal(small, run(op("center_crop", size=(5, 9))))
+
+
+def test_pad_to_square_puts_the_image_into_the_middle():
+    square = run(op("pad_to_square", color=(1, 2, 3)))
+    assert square.shape == (18, 18, 3)
+    np.testing.assert_array_equal(square[3:15], IMAGE)
+    assert (square[:3] == (1, 2, 3)).all() and (square[15:] == (1, 2, 3)).all()
+    tall = run(op("pad_to_square"), IMAGE[:, :5])  # 12 x 5: three columns before, four after
+    np.testing.assert_array_equal(tall[:, 3:8], IMAGE[:, :5])
+    assert not tall[:, :3].any() and not tall[:, 8:].any()

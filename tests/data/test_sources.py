@@ -179,6 +179,8 @@ def test_wrong_name_or_option_lists_the_choices(tmp_path):
         load_source("shapes", colour="red")
     with pytest.raises(ValueError, match="nothing after a colon"):
         load_source("digits:8x8")
-    for name in set(DATASETS) - {"digits", "shapes"}:
+    with pytest.raises(ValueError, match=r"missing key \['annotations'\] for dataset 'vqav2'"):
+        load_source("vqav2:questions.json")
+    for name in set(DATASETS) - {"digits", "shapes", "instructions", "vqav2"}:
         with pytest.raises(ValueError, match="after a colon, got nothing"):
             load_source(name)

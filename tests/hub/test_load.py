@@ -11,7 +11,6 @@ from PIL import Image
 import flax_vlm
 from flax_vlm import trees
 from flax_vlm.build import build
-from flax_vlm.convert.saving import save_pretrained as save_weights
 from flax_vlm.models import MODELS
 from flax_vlm.models.attention_maps import pooling_attention
 from flax_vlm.nn.positions import resize_positions
@@ -197,14 +196,6 @@ def test_without_a_tokenizer_only_texts_fail(tmp_path):
     assert vlm.predict("logits", {**rows, "text": ids}).shape == (2, 2)
     with pytest.raises(ValueError, match="its folder has no tokenizer files"):
         vlm.embed_text(["a cat"])
-
-
-def test_a_language_model_is_sent_elsewhere(tmp_path):
-    sizes = {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
-    spec = {"name": "language_model", "vocab_size": 12, **sizes}
-    save_weights(tmp_path, spec, random_params(spec))
-    with pytest.raises(ValueError, match=r"is a language model \(llama\); convert.loading"):
-        flax_vlm.load(tmp_path)
 
 
 def test_folders_that_are_neither_are_named(tmp_path):

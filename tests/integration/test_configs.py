@@ -18,12 +18,21 @@ NAMES = sorted(
     {p.stem for p in (ROOT / "configs").glob("*.py") if "def get_config(" in p.read_text()}
     - NEEDS_THE_HUB
 )
-SMALL = ["shapes_negatives:mixed", "siglip_digits", "siglip_shapes", "vit_digits"]
+SMALL = [
+    "llava_shapes_stage1",
+    "llava_shapes_stage1:blind",
+    "llava_shapes_stage2:resampler",
+    "shapes_negatives:mixed",
+    "siglip_digits",
+    "siglip_shapes",
+    "vit_digits",
+]
 
 
-def build(name):
+def build(name, **changes):
     name, *argument = name.split(":")
     config = importlib.import_module(f"configs.{name}").get_config(*argument)
+    config.update(changes)
     # a pod's fsdp is more than we have here
     config.mesh.fsdp = min(config.mesh.fsdp, jax.device_count())
     return Program.from_config(config)
@@ -41,11 +50,16 @@ def test_every_config_builds_and_states_its_result(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_config_takes_one_step(name):
-    run = build(name)
+    run = build(name, init_from="")
     batch = example_batch(run.config, size=8)
     rng = np.random.default_rng(0)
-    batch["image"] = rng.integers(0, 256, batch["image"].shape, dtype=np.uint8)
-    batch["text_id"] = np.arange(8, dtype=np.int32)
+    for key in batch.keys() & {"image", "images"}:
+        batch[key] = rng.integers(0, 256, batch[key].shape, dtype=np.uint8)
+    if "text_id" in batch:
+        batch["text_id"] = np.arange(8, dtype=np.int32)
+    if "loss_mask" in batch:
+        batch["text"] += rng.integers(3, 100, batch["text"].shape, dtype=np.int32)
+        batch["text_mask"][:], batch["loss_mask"][:, 9:] = True, True
     state = run.init_state()
     before = jax.device_get(state.params)
     state, metrics = run.train_step()(state, sharding.put_batch(batch, run.batch_sharding))

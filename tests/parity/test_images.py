@@ -39,6 +39,7 @@ PICTURES = {
 
 CLIP, SIGLIP = transformers.CLIPImageProcessorPil, transformers.SiglipImageProcessorPil
 VIT, BIT = transformers.ViTImageProcessorPil, transformers.BitImageProcessorPil
+LLAVA = transformers.models.llava.image_processing_pil_llava.LlavaImageProcessorPil
 DINO = {
     "size": {"shortest_edge": 64},
     "crop_size": {"height": 56, "width": 56},
@@ -63,6 +64,11 @@ CASES = {
     ),
     "siglip, raw pixels": (SIGLIP, {"do_rescale": False, "do_normalize": False}),
     "dinov2": (BIT, DINO),
+    "llava": (LLAVA, {"size": {"shortest_edge": 48}, "crop_size": 48}),
+    "llava, padded as in training": (
+        LLAVA,
+        {"do_pad": True, "size": {"shortest_edge": 51}, "crop_size": 51},
+    ),
     "blip": (transformers.BlipImageProcessorPil, {"size": {"height": 97, "width": 97}}),
 }
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA's first stage on the shapes world and the digits: captions.
+
+    python train.py --config configs/llava_shapes_stage1.py --workdir runs/llava_stage1
+    python train.py --config configs/llava_shapes_stage1.py:resampler --workdir runs/r_stage1
+
+LLaVA starts from a CLIP and a language model and trains nothing but the connector here. Nothing is
+pretrained in this repository, so the image encoder and the language model learn their trade from
+the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. The argument chooses the
+connector: "mlp" (LLaVA-1.5) or "resampler" (Flamingo's Perceiver Resampler, 8 latents); "blind" is
+the same recipe without images, for comparison.
+
+Result: see configs/llava_shapes_stage2.py, which goes on from here.
+"""
+
+from configs.defaults import defaults, sealed
+
+SIZE = 32  # pixels
+VOCABULARY = 512
+CONNECTORS = {
+    "mlp": {"name": "mlp"},
+    "resampler": {
+        "name": "resampler",
+        "resampler": {"num_latents": 8, "depth": 2, "num_heads": 4, "head_dim": 24},
+    },
+}
+
+
+def get_config(variant: str = "mlp"):
+    """Returns the recipe.
+
+    Args:
+        variant: a key of CONNECTORS, or "blind".
+    """
+    config = defaults()
+    config.steps = 2400
+    config.batch_size = 32
+    config.log_every = 50
+    config.checkpoint.every = 1200
+    config.data.name = "instructions"
+    config.data.options = {"image_size": SIZE, "kinds": ("description", "digit"), "turns": 1}
+    config.data.rows = "conversations"
+    config.data.chat.template = "short"
+    config.data.chat.blind = variant == "blind"
+    config.data.image_size = SIZE
+    config.data.train_ops = ({"name": "resize", "size": SIZE},)
+    config.data.eval_ops = ({"name": "resize", "size": SIZE},)
+    config.data.text.length = 64
+    config.data.text.vocab_size = VOCABULARY
+    config.data.text.lower = False
+    config.data.text.special = ("<image>",)
+    decoder = {
+        "vocab_size": VOCABULARY,
+        "width": 96,
+        "depth": 3,
+        "mlp_dim": 256,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "length": 128,
+    }
+    tower = {"width": 96, "depth": 4, "mlp_dim": 384, "num_heads": 4}
+    config.model = {
+        "name": "llava",
+        "image": {"name": "vit", "image_size": SIZE, "patch_size": 8, "pool": "gap", **tower},
+        "connector": CONNECTORS.get(variant, CONNECTORS["mlp"]),
+        "language_model": decoder,
+        "image_token_id": 2,  # behind <pad> and <eos>
+    }
+    if variant == "blind":
+        config.model = {"name": "language_model", **decoder}
+    config.objective = {"name": "next_token", "stop_ids": (1,), "max_new_tokens": 32}
+    config.optimizer = {
+        "name": "adamw",
+        "lr": 2e-3,
+        "b2": 0.95,
+        "weight_decay": 0.05,
+        "grad_clip": 1.0,
+        "schedule": {"name": "warmup_cosine", "warmup": 0.05},
+    }
+    return sealed(config)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about scenes of coloured shapes, with answers that follow from the scene graph.
+
+Pure logic over data.scenes, no pixels and no files. A question is put only where it has one answer
+that a careful person would give: a thing is asked for by words that fit it alone, and sizes are
+compared only where they differ in kind. What is random comes from the generator that is passed in.
+
+After CLEVR's question families (Johnson et al., 2017, arXiv:1612.06890, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from flax_vlm.data.scenes import COLORS, SHAPES, Scene, SceneObject, describe, place_of, relation
+
+Turn = tuple[str, str]  # question, answer
+NUMBERS = ("zero", "one", "two", "three")
+_DESCRIBE = ("Describe the picture.", "What do you see?", "Say what is in the picture.")
+
+
+def description(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns a caption of the whole scene."""
+    return [(_DESCRIBE[rng.integers(len(_DESCRIBE))], describe(scene, rng).caption())]
+
+
+def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns how many things there are: all, or of a colour or shape."""
+    what = rng.integers(3)
+    if what == 0:
+        return [("How many things are there?", NUMBERS[len(scene)])]
+    thing = scene[rng.integers(len(scene))]
+    if what == 1:
+        color = thing.color if rng.random() < 0.7 else _pick(tuple(COLORS), rng)
+        count = sum(o.color == color for o in scene)
+        return [(f"How many {color} things are there?", NUMBERS[count])]
+    shape = thing.shape if rng.random() < 0.7 else _pick(SHAPES, rng)
+    count = sum(o.shape == shape for o in scene)
+    return [(f"How many {plural(shape)} are there?", NUMBERS[count])]
+
+
+def color(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns the colour of a thing whose shape no other has."""
+    alone = [o for o in scene if sum(p.shape == o.shape for p in scene) == 1]
+    thing = _pick(alone, rng)
+    return [] if thing is None else [(f"What color is the {thing.shape}?", thing.color)]
+
+
+def shape(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns the shape of a thing whose colour no other has."""
+    alone = [o for o in scene if sum(p.color == o.color for p in scene) == 1]
+    thing = _pick(alone, rng)
+    return [] if thing is None else [(f"What shape is the {thing.color} thing?", thing.shape)]
+
+
+def spatial(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns how one thing lies to another, along the axis where they are farther apart."""
+    if len(scene) < 2:
+        return []
+    a, b = (scene[i] for i in rng.permutation(len(scene))[:2])
+    return [
+        (f"Where is the {name(a)}, seen from the {name(b)}?", relation(a, b).removesuffix(" of"))
+    ]
+
+
+def comparison(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns which of two things, one large and one small, is the larger or the smaller."""
+    kinds = {size: [o for o in scene if o.size == size] for size in ("large", "small")}
+    if not all(kinds.values()):
+        return []
+    pair = {size: _pick(things, rng) for size, things in kinds.items()}
+    word, answer = (("larger", "large"), ("smaller", "small"))[rng.integers(2)]
+    first, second = (list(pair.values())[i] for i in rng.permutation(2))
+    question = f"Which is {word}, the {name(first)} or the {name(second)}?"
+    return [(question, f"the {name(pair[answer])}")]
+
+
+def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns a question about a thing and one that only the first makes clear: where "it" is."""
+    first = shape(scene, rng)
+    if not first:
+        return []
+    question, answer = first[0]
+    thing = next(o for o in scene if f"the {o.color} thing" in question and o.shape == answer)
+    return [*first, ("Where is it?", place_of(thing))]
+
+
+# kind: the turns of a question of that kind, the last of which is the one that is counted; none
+# where a scene does not allow it
+QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], list[Turn]]] = {
+    "description": description,
+    "counting": counting,
+    "color": color,
+    "shape": shape,
+    "relation": spatial,
+    "comparison": comparison,
+    "follow_up": follow_up,
+}
+
+
+def name(thing: SceneObject) -> str:
+    """Returns the words that tell a thing from the others of its scene: colour and shape."""
+    return f"{thing.color} {thing.shape}"
+
+
+def plural(shape: str) -> str:
+    """Returns the plural of a shape's name."""
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
+
+
+def _pick(things, rng: np.random.Generator):
+    return things[rng.integers(len(things))] if len(things) else None
