@@ -191,6 +191,18 @@ def test_a_pruned_image_is_read_once_for_several_questions():
     np.testing.assert_allclose(first.logits, expected[:, -1], atol=2e-5 * np.abs(expected).max())
 
 
+def test_an_image_behind_a_prefix_of_text_is_pruned_by_its_own_attention():
+    model = prune(MODEL, 2, 4)
+    system = RNG.integers(1, VOCAB, (1, 5)).astype(np.int32)
+    prefix = read_prefix(model, PARAMS, Prompt(system))
+    asked = Prompt(embeddings=X[:1], visual=VISUAL[:1], prefix=prefix)
+    found = start(model, PARAMS, asked, max_new_tokens=NEW)
+    words = np.asarray(MODEL.apply({"params": PARAMS}, system, method="embed"))
+    whole, visual = np.concatenate([words, X[:1]], 1), np.pad(VISUAL[:1], [(0, 0), (5, 0)])
+    expected, _ = hidden_model(whole, np.ones((1, 17), bool), visual, 17, 2, 4)
+    np.testing.assert_allclose(found.logits, expected[:, -1], atol=2e-5 * np.abs(expected).max())
+
+
 def test_beams_and_int8_go_through_both_caches():
     model = prune(MODEL, 2, 4)
     greedy = generate(model, PARAMS, prompt(), max_new_tokens=NEW)
