@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flax_vlm import trees
+from flax_vlm.batch import normalize_image
 from flax_vlm.models.generate import generate, start
 from flax_vlm.models.prompts import Prompt
 from flax_vlm.objectives import build_objective
@@ -145,7 +146,8 @@ def test_a_pruned_model_drops_the_image_of_a_prompt_alone(llava, params):
     )
     model = objective.model
     generated = objective.predictions["generate"]
-    x = model.apply({"params": params}, text, batch["images"], method="embed")
+    images = normalize_image(batch["images"], objective.image_mean, objective.image_std)
+    x = model.apply({"params": params}, text, images, method="embed")
     decoder, visual = model.language_model, text == IMAGE
     prompt = Prompt(embeddings=x, mask=batch["text_mask"], visual=visual)
     expected = generate(decoder, params["language_model"], prompt, max_new_tokens=3)
