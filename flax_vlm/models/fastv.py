@@ -129,18 +129,16 @@ class FastV(LanguageModel):
         positions = self._positions(embeddings, mask, positions, first)
         first, *inputs = self._layer_inputs(positions, mask, segments, first)
         state = (embeddings.astype(self.dtype), first)
-        last = self.prune_layer - 1
-        state, _ = self._range(0, last, state, 0, inputs)
-        (x, first), weights = self._range(last, last + 1, state, 0, inputs, attention=drop > 0)
+        before, after = range(self.prune_layer), range(self.prune_layer, self.depth)
+        (x, first), weights = self._layers(before, state, inputs, attention=drop > 0)
         if drop:
             rank = prompt_rank(weights, first, visual, mask)
             kept = jnp.sort(jnp.argsort(-rank, axis=1)[:, : length - drop], axis=1)  # [B, S']
-            take = lambda y: jnp.take_along_axis(y, kept, axis=1)  # noqa: E731
             x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
-            positions, mask = take(positions), None if mask is None else take(mask)
+            positions = jnp.take_along_axis(positions, kept, axis=1)
+            mask = None if mask is None else jnp.take_along_axis(mask, kept, axis=1)
         rest, *inputs = self._layer_inputs(positions, mask, segments, rest)
-        start = self.prune_layer
-        (x, rest), _ = self._range(start, self.depth, (x, rest), start, inputs)
+        (x, rest), _ = self._layers(after, (x, rest), inputs)
         tokens = self.norm(x)
         if drop:
             rows = jnp.arange(batch)[:, None]
@@ -155,34 +153,38 @@ class FastV(LanguageModel):
                 f"longer prompt, or no `visual`"
             )
 
-    def _range(
+    def _layers(
         self,
-        start: int,
-        stop: int,
+        numbers: range,
         state: tuple[jax.Array, KVCache | None],
-        base: int,
         inputs: list[Any],
         attention: bool = False,
     ) -> tuple[tuple[jax.Array, KVCache | None], jax.Array | None]:
-        """Returns the state (x, cache) after layers start .. stop - 1, and the attention of the
-        last of them where it is asked for; `base` is the first layer of the cache.
+        """Returns the state (x, cache) after some layers, and [B, N, S, T], the attention of the
+        last of them, where it is asked for; the cache is of these layers alone.
         """
-        if start == stop:
-            return state, None
         windows, *seen = inputs
-        params = jax.tree.map(lambda leaf: leaf[start:stop], self.blocks.variables["params"])
-        windows = None if windows is None else windows[start:stop]
-        (state, _), sown = self._make_blocks(stop - start, parent=None).apply(
-            {"params": params},
-            state,
-            jnp.arange(start - base, stop - base),
-            windows,
-            *seen,
-            mutable=["intermediates"] if attention else [],
-        )
+        params, block = self.blocks.variables["params"], self._make_blocks(1, parent=None)
+
+        def one(state: Any, layer: jax.Array, collections: tuple[str, ...] = ()) -> Any:
+            # taken out layer by layer: a slice of the whole range would be copied at every token
+            cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, layer, 1)  # noqa: E731
+            window = None if windows is None else cut(windows)
+            place = (layer - numbers.start)[None]
+            variables = {"params": jax.tree.map(cut, params)}
+            (state, _), sown = block.apply(
+                variables, state, place, window, *seen, mutable=collections
+            )
+            return state, sown
+
+        together = len(numbers) - attention
+        layers = jnp.arange(numbers.start, numbers.stop)
+        unroll = max(1, min(self.unroll, together))
+        state, _ = jax.lax.scan(one, state, layers[:together], unroll=unroll)
         if not attention:
             return state, None
-        return state, sown["intermediates"]["attention"]["attention_weights"][0][-1]
+        state, sown = one(state, layers[together], ("intermediates",))
+        return state, sown["intermediates"]["attention"]["attention_weights"][0][0]
 
 
 def prompt_rank(
