@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from absl import logging
 from flax_vlm.data.sources import CAPTION_COLUMNS, Example
 
 SECONDS_TO_WAIT = 600  # for another process that prepares the same dataset
+# sys.stdout is of the whole process: two threads that put it aside at once lose it for good
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -46,7 +49,7 @@ def prepare(
     Raises:
         TimeoutError: if another process holds the lock for too long (filelock.Timeout).
     """
-    with _quiet():
+    with _ONE_AT_A_TIME, _quiet():
         builder = builder_class(
             data_dir=default_data_dir(data_dir), file_format="array_record", **options
         )

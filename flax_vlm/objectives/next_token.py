@@ -150,7 +150,8 @@ class NextToken:
         if self.sees:
             given = {key: batch[key] for key in ("visual_index", "visual_weight") if key in batch}
             embeddings = model.apply({"params": params}, text, images, **given, method="embed")
-            prompt = Prompt(embeddings=embeddings, mask=mask)
+            visual = text == model.image_token_id
+            prompt = Prompt(embeddings=embeddings, mask=mask, visual=visual)
             model, decoder = model.language_model, params["language_model"]
         state = start(
             model, decoder, prompt, max_new_tokens=self.max_new_tokens, pad_id=self.pad_id

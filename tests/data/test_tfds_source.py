@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets of tfds, read without TensorFlow: features found or named, and what is refused."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -187,3 +189,24 @@ def test_two_processes_prepare_the_same_data_quietly_and_without_tensorflow(tmp_
     assert lines[0].startswith("1437 ") and lines[1].startswith("40 ") and lines[2:] == ["[]"]
     left = [p.name for p in (tmp_path / "new").rglob("*incomplete*")]
     assert left == []
+
+
+def test_threads_that_prepare_at_once_leave_the_output_of_the_process_alone(tmp_path):
+    inside = threading.Barrier(2)
+
+    class Slow(_Toy, skip_registration=True):
+        FEATURES = {"image": IMAGE}
+
+        def __init__(self, **options):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.5)  # for the other thread, which must not come
+            super().__init__(**options)
+
+    before = sys.stdout, sys.stderr
+    threads = [threading.Thread(target=prepare, args=(Slow, tmp_path)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stdout, sys.stderr) == before
+    assert inside.broken
