@@ -295,6 +295,55 @@ class LoadedModel:
             tokens = np.concatenate([predict("generate", rows) for rows in cut])
         return [answering.text_of(self.processor, row, stops) for row in tokens]
 
+    def word_attention(
+        self,
+        image: Any,
+        prompt: answering.Prompt,
+        answer: str | None = None,
+        *,
+        template: str | None = None,
+    ) -> list[tuple[str, np.ndarray]]:
+        """Returns (token, map) for every token of an answer: how much the model looked at each part
+        of the image when it wrote that token, [rows, columns] float32.
+
+        The weights are those of `attention_maps.text_attention` in the row of the token before,
+        which is where the next one is chosen.
+
+        Args:
+            image: PIL, array, bytes or path.
+            prompt: see `generate`.
+            answer: whose tokens; None takes the model's own.
+            template: see `generate`.
+
+        Raises:
+            ValueError: if the visual tokens have no places in the image, as those of a resampler;
+                see `generate`.
+        """
+        grid = getattr(self.model, "token_grid", None)
+        if grid is None:
+            raise ValueError(
+                "word_attention needs a model whose visual tokens have places in the image: a "
+                "LLaVA with a linear, mlp or pixel-shuffle connector that merges no tokens"
+            )
+        if answer is None:
+            answer = self.generate([image], [prompt], template=template)[0]
+        batch, places = answering.answered_batch(
+            self.processor,
+            image,
+            prompt,
+            answer,
+            template=template or self._template(),
+            tokens_per_image=self.model.tokens_per_image,
+        )
+        weights = self.predict("text_attention", batch)[0]  # [L, L]
+        text, stops = batch["text"][0], answering.stop_ids(self.processor)
+        visual = text == self.model.image_token_id
+        return [
+            (self.processor.tokenizer.decode([text[n]]), weights[n - 1, visual].reshape(grid))
+            for n in places
+            if text[n] not in stops
+        ]
+
     def _template(self) -> str | JinjaTemplate:
         data = self.config["data"]
         return chat_template(data["chat"]["template"], data.get("text", {}))

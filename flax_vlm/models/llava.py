@@ -28,8 +28,8 @@ from flax_vlm.build import build
 from flax_vlm.models.fastv import prune
 from flax_vlm.models.language_model import LanguageModel, LanguageOutput, build_language_model
 from flax_vlm.models.two_towers import IMAGE_ENCODERS
-from flax_vlm.nn.compression import Compression, build_compression
-from flax_vlm.nn.connectors import build_connector
+from flax_vlm.nn.compression import Compression, TokenMerging, build_compression
+from flax_vlm.nn.connectors import ResamplerConnector, build_connector
 from flax_vlm.nn.patches import as_pair
 from flax_vlm.shapes import check_shapes
 
@@ -85,6 +85,19 @@ class Llava(nn.Module):
         if self.compression is not None:
             patches = self.compression.num_tokens(patches)
         return self.connector.num_tokens(patches)
+
+    @property
+    def token_grid(self) -> tuple[int, int] | None:
+        """(rows, columns) in which the visual tokens of an image lie, row by row; None where they
+        have no places: latents, merged tokens, a class token among them.
+        """
+        rows, columns = self.image.grid
+        for part in (self.compression, self.connector):
+            if isinstance(part, TokenMerging | ResamplerConnector):
+                return None
+            scale = getattr(part, "scale", 1)
+            rows, columns = rows // scale, columns // scale
+        return None if self.keep_prefix and self.image.num_prefix else (rows, columns)
 
     def visual_tokens(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns [B, I Q, D] (with a newline [B, I Q + 1, D]): the tokens of all images of a row,
