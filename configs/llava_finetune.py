@@ -64,4 +64,3 @@ def get_config(start="llava-hf/llava-1.5-7b-hf"):
         },
     }
     return sealed(config)
-
