@@ -32,6 +32,8 @@ FILES = (
     ("processor_config.json", "chat_template"),
     ("tokenizer_config.json", "chat_template"),
 )
+# how those that we write begin (jinja_writer.py): they take contents as texts, too
+WRITTEN_HERE = "{#- flax_vlm: contents are texts with image markers, or parts -#}\n"
 # templates that read contents in parts: [{"type": "image"}, {"type": "text", "text": ...}]
 _IN_PARTS = re.compile(r"\[['\"]type['\"]\]|\.type\b")
 
@@ -83,7 +85,7 @@ class JinjaTemplate:
 
     def _text(self, turns: Conversation, bos: str, eos: str, **options: Any) -> str:
         given = turns
-        if _IN_PARTS.search(self.source):
+        if _IN_PARTS.search(self.source) and not self.source.startswith(WRITTEN_HERE):
             given = [{**turn, "content": _parts(turn["content"])} for turn in turns]
         tokens = {"bos_token": bos, "eos_token": eos}
         try:

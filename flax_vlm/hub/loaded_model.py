@@ -274,7 +274,7 @@ class LoadedModel:
             self.processor,
             images,
             prompts,
-            template=template or self._template(),
+            template=template or self.chat_template,
             tokens_per_image=getattr(self.model, "tokens_per_image", 0),
         )
         decoder = getattr(self.model, "language_model", self.model)
@@ -295,7 +295,11 @@ class LoadedModel:
             tokens = np.concatenate([predict("generate", rows) for rows in cut])
         return [answering.text_of(self.processor, row, stops) for row in tokens]
 
-    def _template(self) -> str | JinjaTemplate:
+    @property
+    def chat_template(self) -> str | JinjaTemplate:
+        """How conversations are written: a key of data.chat_templates.TEMPLATES, or the
+        checkpoint's own.
+        """
         data = self.config["data"]
         return chat_template(data["chat"]["template"], data.get("text", {}))
 

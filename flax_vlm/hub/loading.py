@@ -179,7 +179,7 @@ def _run_processor(
     )
     if isinstance(objective, NextToken):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        text = TextRecipe(tokenizer, data["text"]["length"], uses_mask=True)
+        text = TextRecipe(tokenizer, data["text"]["length"], uses_mask=True, chat=True)
         return Processor(recipe if objective.sees else None, text)
     if not hasattr(objective.model, "text"):
         return Processor(recipe, None)
