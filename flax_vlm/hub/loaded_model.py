@@ -15,15 +15,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from flax_vlm.batch import normalize_image
 from flax_vlm.build import lookup
 from flax_vlm.data.jinja_templates import JinjaTemplate
 from flax_vlm.data.recipe import chat_template
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.evaluation.zero_shot import TEMPLATES
-from flax_vlm.hub import answering
+from flax_vlm.hub import answering, word_attention
 from flax_vlm.hub.processor import Processor
-from flax_vlm.models.attention_maps import pooling_attention
+from flax_vlm.models.attention_maps import pooling_attention, text_attention
+from flax_vlm.models.llava import Llava
 from flax_vlm.models.vit import ViTClassifier
 from flax_vlm.objectives.base import Objective, Params, PredictFn
 from flax_vlm.objectives.encoder import Encoder
@@ -105,6 +107,8 @@ class LoadedModel:
         predictions = dict(self.objective.predictions)
         if "image_embedding" in predictions:
             predictions["attention"] = self._attention()
+        if isinstance(self.model, Llava):
+            predictions["text_attention"] = self._text_attention
         if self.mesh is None:
             return Predictor(predictions, self.params, self.extras)
         rows = batch_sharding(self.mesh)
@@ -114,6 +118,13 @@ class LoadedModel:
         recipe = self.processor.image_recipe
         return lambda params, extras, batch: pooling_attention(
             self.model, params, image_input(batch, recipe.mean, recipe.std)
+        )
+
+    def _text_attention(self, params: Params, extras: Any, batch: Mapping[str, Any]) -> jax.Array:
+        of = self.objective
+        images = normalize_image(batch["images"], of.image_mean, of.image_std)
+        return text_attention(
+            self.model, params, batch["text"], images, text_mask=batch["text_mask"]
         )
 
     def predict(self, name: str, batch: Mapping[str, Any]) -> np.ndarray:
@@ -294,6 +305,46 @@ class LoadedModel:
             ]
             tokens = np.concatenate([predict("generate", rows) for rows in cut])
         return [answering.text_of(self.processor, row, stops) for row in tokens]
+
+    def word_attention(
+        self,
+        image: Any,
+        prompt: answering.Prompt,
+        word: str,
+        *,
+        answer: str | None = None,
+        template: str | None = None,
+    ) -> np.ndarray:
+        """Returns how much a word looks at every patch of the image, [rows, columns] float32.
+
+        Weights of the softmax over all tokens, mean over layers and heads: compare patches with
+        each other, they do not sum to one.
+
+        Args:
+            image: PIL image, array, bytes or path.
+            prompt: a question, or a conversation so far; see `generate`.
+            word: as it stands in prompt or answer; the last one counts.
+            answer: what the model said, for words of it: where it looked when it chose them.
+            template: see `generate`.
+
+        Raises:
+            ValueError: if the word is not there or stands in front of the image, the model takes no
+                images, or its visual tokens are not patches (a resampler, compressions, tiles).
+        """
+        word_attention.check_patches(self.model)
+        batch, rows, columns = word_attention.word_batch(
+            self.processor.tokenizer,
+            prompt,
+            answer,
+            template=template or self.chat_template,
+            tokens_per_image=self.model.tokens_per_image,
+            word=word,
+        )
+        pixels = self.processor.images([image])[:, None]  # [1, 1, H, W, 3]
+        weights = self.predict("text_attention", {**batch, "images": pixels})[0]  # [L, L]
+        seen = weights[rows][:, columns].mean(axis=0)
+        grid = self.model.image.grid
+        return seen[-grid[0] * grid[1] :].reshape(grid)  # without class token and registers
 
     @property
     def chat_template(self) -> str | JinjaTemplate:

@@ -196,10 +196,10 @@ def _training(vlm: LoadedModel) -> str:
     data = {key: config["data"][key] for key in _DATA if config["data"].get(key)}
     if data.get("rows", "captions") != "captions":
         data["chat"] = config["data"]["chat"]
+    recipe = {key: config[key] for key in _RECIPE if config.get(key)}
     for node, key in ((recipe, "init_from"), (data.get("text", {}), "path")):
         if node.get(key):
             node[key] = _public(node[key])
-    recipe = {key: config[key] for key in _RECIPE if config.get(key)}
     return "\n".join(
         [
             "## Data\n",
