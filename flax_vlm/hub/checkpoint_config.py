@@ -23,6 +23,7 @@ from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
 from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
 from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.data.naflex import NaflexRecipe
+from flax_vlm.hub import answering
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models import MODELS
 from flax_vlm.models.naflex import NaFlexVisionTransformer
@@ -72,6 +73,10 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         data["text"] = {"tokenizer": "pretrained", "path": str(source), "length": text.length}
     if objective["name"] == "next_token":
         data |= {"rows": "conversations", "chat": {"template": _chat_template(folder)}}
+        if text is not None:
+            data["text"]["tokenizer"] = "chat"
+            ids = {"stop_ids": answering.stop_ids(processor), "pad_id": text.tokenizer.pad_id}
+            objective = {**objective, **ids}
     if recipe is not None:
         objective = {**objective, "image_mean": recipe.mean, "image_std": recipe.std}
     return {"model": spec, "objective": objective, "data": data, "evals": {}}
