@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,16 +59,21 @@ def prepare(
     return folder
 
 
+# stdout is the process's: of two threads that overlap, the second would keep it quiet for ever
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # not tfds.disable_progress_bar(): nobody could switch a user's bars on again
-    nowhere, verbosity = io.StringIO(), logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _ONE_AT_A_TIME:
+        # not tfds.disable_progress_bar(): nobody could switch a user's bars on again
+        nowhere, verbosity = io.StringIO(), logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 class TfdsSource:

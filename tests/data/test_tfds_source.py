@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets of tfds, read without TensorFlow: features found or named, and what is refused."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -172,6 +174,24 @@ for name, options in (("digits", {}), ("shapes", {"train_size": 40, "test_size":
     print(len(source), source[1]["caption"])
 print([m for m in ("tensorflow", "torch", "flax") if m in sys.modules])
 """
+
+
+def test_threads_that_prepare_data_at_once_leave_stdout_as_it_was(tmp_path):
+    entered = threading.Barrier(2)
+
+    class Slow:
+        data_path = str(tmp_path)
+
+        def __init__(self, **options):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                entered.wait(timeout=0.5)  # both are inside, or one waits for the other
+
+    before = sys.stdout, sys.stderr
+    first = threading.Thread(target=prepare, args=(Slow,))
+    first.start()
+    prepare(Slow)
+    first.join()
+    assert (sys.stdout, sys.stderr) == before
 
 
 def test_two_processes_prepare_the_same_data_quietly_and_without_tensorflow(tmp_path):
