@@ -2,9 +2,11 @@
 """Our table of chat templates against the jinja templates of the checkpoints, by transformers."""
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flax_vlm.data.chat_templates import render
+from flax_vlm.data.chat_templates import TEMPLATES, render
+from flax_vlm.data.hf_tokenizers import TextRecipe
+from flax_vlm.data.jinja_writer import jinja_source
 from flax_vlm.data.text import byte_level
 
 USER = [
@@ -69,3 +71,33 @@ def test_texts_and_prompts_are_those_of_the_checkpoints_own_template(template, s
     given["conversation"] = [*given["conversation"], ANSWER]
     whole = theirs.apply_chat_template(**given)
     assert render([*turns, ANSWER], template, **ends).text == whole
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_a_written_template_gives_transformers_the_token_ids_that_we_train_on(
+    template, system, tmp_path
+):
+    t = TEMPLATES[template]
+    if system and t.system is None and t.first_user is None:
+        pytest.raises(ValueError, render, [SYSTEM, *USER], template)
+        return
+    ours = byte_level(bos=True, special=("<image>", "<|im_start|>", "<|im_end|>"))
+    TextRecipe(ours, 64, uses_mask=True, chat=True).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(jinja_source(template))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [SYSTEM, *USER] if system else USER
+    for given, prompt in ((turns, True), ([*turns, ANSWER], False)):
+        ends = {name: ours.special(name) for name in ("bos", "eos")}
+        ids, _ = ours.encode_chat(render(given, template, prompt=prompt, **ends).text)
+        found = theirs.apply_chat_template(given, add_generation_prompt=prompt, return_dict=True)
+        assert found["input_ids"] == ids
+        # as processors take contents
+        parts = [{**turn, "content": in_parts(turn["content"])} for turn in given]
+        found = theirs.apply_chat_template(parts, add_generation_prompt=prompt, return_dict=True)
+        assert found["input_ids"] == ids
+
+
+def in_parts(content):
+    before, marker, after = content.rpartition("<image>\n")
+    return [{"type": "image"}] * bool(marker) + [{"type": "text", "text": before + after}]
