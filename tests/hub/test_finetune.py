@@ -78,7 +78,8 @@ def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, 
     config.steps, config.batch_size, config.checkpoint.every = 2, 8, 2
     config.optimizer.schedule = {"name": "constant"}
     config.data.dir, config.data.options.test_size = data_dir, 8
-    config.evals.test.batch_size = 8
+    config.evals.test.update({"batch_size": 8, "num_pictures": 0})  # its letters have no glyphs
+    config.objective.max_new_tokens = 4
     run = Experiment.from_config(config)
     row = run.train_data.preprocess(run.train_data.source[0], np.random.default_rng(0))
     text = run.tokenizer._chat.decode(row["text"][row["text_mask"]], skip_special_tokens=False)
