@@ -160,6 +160,17 @@ def load_chat_tokenizer(folder: str | os.PathLike) -> TextRecipe:
     return TextRecipe(Tokenizer(tokenizer.to_str()), length, uses_mask=True, chat=True)
 
 
+def begin_token(folder: str | os.PathLike) -> str | None:
+    """Returns the begin token if transformers puts it in front of texts, None if it does not."""
+    folder = pathlib.Path(folder)
+    config = {**read_json(folder, SPECIAL), **read_json(folder, CONFIG)}
+    bos = _content(config.get("bos_token"))
+    if bos is None or not (folder / FILE).is_file():
+        return None
+    tokenizer = _from_json(folder)
+    return bos if tokenizer.encode("").ids[:1] == [tokenizer.token_to_id(bos)] else None
+
+
 def _class_name(folder: pathlib.Path, config: Mapping[str, Any]) -> str:
     name, family = config.get("tokenizer_class"), model_type(folder)
     if name is None:

@@ -83,7 +83,7 @@ def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, 
     run = Experiment.from_config(config)
     row = run.train_data.preprocess(run.train_data.source[0], np.random.default_rng(0))
     text = run.tokenizer._chat.decode(row["text"][row["text_mask"]], skip_special_tokens=False)
-    assert text.startswith("USER: " + "<image>" * 4 + "\n") and "ASSISTANT: " in text
+    assert text.startswith("<bos>USER: " + "<image>" * 4 + "\n") and "ASSISTANT: " in text
     stops = [run.tokenizer.eos_id, run.tokenizer.id_of("<|im_end|>")]
     assert list(run.config["objective"]["stop_ids"]) == stops
     run.train(tmp_path / "run", show_progress=False)

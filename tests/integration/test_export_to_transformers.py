@@ -10,7 +10,10 @@ from PIL import Image
 
 import flax_vlm
 from configs import llava_shapes_stage1, llava_shapes_stage2
+from flax_vlm.build import build
+from flax_vlm.convert.saving import find_format
 from flax_vlm.experiment import Experiment
+from flax_vlm.models import MODELS
 from tests.integration.conftest import train
 from tests.integration.test_export import IMAGES, TEXTS, export
 from tests.integration.test_stages import small
@@ -102,3 +105,16 @@ def test_a_model_trained_from_scratch_answers_the_same_in_transformers(llava_run
     written = model.generate(**inputs, max_new_tokens=8)[:, ids.shape[1] :]
     theirs = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
     assert vlm.generate(images, QUESTIONS, max_new_tokens=8) == theirs
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"), [("mlp", "llava"), ("blind", "llama"), ("resampler", None)]
+)
+def test_the_recipe_at_its_full_size_is_held_or_refused(variant, expected):
+    spec = llava_shapes_stage2.get_config(variant).model.to_dict()
+    model = build(MODELS, spec, "model")
+    if expected is None:
+        with pytest.raises(ValueError, match="the connector must be mlp, got ResamplerConnector"):
+            find_format(model, None)
+    else:
+        assert find_format(model, None)[0] == expected
