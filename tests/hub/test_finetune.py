@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that starts from a checkpoint of transformers, and ends as one."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -69,10 +71,15 @@ def test_the_recipe_fine_tunes_a_checkpoint_and_exports_it_again(folders, data_d
     np.testing.assert_allclose(again.embed_image([image]), vlm.embed_image([image]), atol=1e-6)
 
 
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+
 def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, tmp_path):
     (tmp_path / "hf").mkdir()
     folder = test_generate.write(tmp_path / "hf", test_generate.LLAVA, "llava")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    padded = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **CROP}
+    (folder / "preprocessor_config.json").write_text(json.dumps(padded))
     config = llava_finetune.get_config(str(folder))
     config.unlock()
     config.steps, config.batch_size, config.checkpoint.every = 2, 8, 2
@@ -96,6 +103,7 @@ def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, 
     assert tuned.origin.results["test/examples"] == 8
     tuned.save_pretrained(tmp_path / "out")
     again = flax_vlm.load(tmp_path / "out")
+    assert again.processor.image_recipe == before.processor.image_recipe, "padded to squares"
     image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     asked = [image], ["What?"], 5
     assert again.generate(*asked) == tuned.generate(*asked)
