@@ -44,6 +44,7 @@ def defaults() -> ConfigDict:
                 "text": {
                     "tokenizer": "bpe",  # bpe, byte; file, pretrained or chat, with a path
                     "path": "",
+                    "options": ConfigDict(),  # where bpe is trained on another choice of the source
                     "vocab_size": 512,
                     "length": 64,
                     "lower": True,

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA's second stage on the shapes world and the digits: questions and answers.
+r"""LLaVA's second stage on the shapes world and the digits: questions and answers.
 
     python train.py --config configs/llava_shapes_stage1.py --workdir runs/llava_stage1
     python train.py --config configs/llava_shapes_stage2.py --workdir runs/llava_stage2
     python train.py --config configs/llava_shapes_stage2.py:resampler,runs/r_stage1 --workdir DIR
+    python train.py --config configs/llava_shapes_stage2.py:mlp,runs/llava_stage2,average_pool \
+        --workdir DIR --config.steps=400
 
 Goes on from the first stage: the image encoder is frozen, connector and language model are trained
-on conversations. The arguments are the connector of the first stage ("mlp", "resampler", "blind")
-and its workdir. `test` asks about held-out scenes, `novel` about scenes with pairs of colour and
-shape that training never shows.
+on conversations. The arguments are the connector of the first stage ("mlp", "resampler", "blind"),
+its workdir, and a way to have fewer visual tokens (a key of COMPRESSIONS; what each costs is in
+docs/vision_language.md). `test` asks about held-out scenes, `novel` about scenes with pairs of
+colour and shape that training never shows.
 
 Result, seed 0, exact match in per cent (majority answer of the kind): digit 95.6 (15.4), comparison
 81.4 (4.5), counting 67.5 (50.4), color 65.5 (15.1), shape 30.2 (19.4), relation 23.0 (26.8),
@@ -20,16 +23,28 @@ alone they were not timed. Neither the resampler nor the blind model was run.
 
 from configs import llava_shapes_stage1
 
+# changes of the model; the encoder has 16 patches
+COMPRESSIONS = {
+    "": {},
+    "average_pool": {"compression": {"name": "average_pool", "scale": 2}},
+    "token_merging": {"compression": {"name": "token_merging", "tokens": 4}},
+    "token_merging_8": {"compression": {"name": "token_merging", "tokens": 8}},
+    "fastv": {"pruning": {"layer": 1, "keep": 4}},
+    "fastv_8": {"pruning": {"layer": 1, "keep": 8}},
+    "fastv_k2": {"pruning": {"layer": 2, "keep": 4}},
+}
+
 
 def get_config(arguments: str = "mlp"):
     """Returns the recipe.
 
     Args:
-        arguments: "variant" or "variant,workdir of the first stage".
+        arguments: "variant", "variant,workdir of the first stage" or "variant,workdir,compression".
     """
-    variant, _, start = arguments.partition(",")
+    variant, start, compression = [*arguments.split(","), "", ""][:3]
     config = llava_shapes_stage1.get_config(variant).unlock()
     config.init_from = start or "runs/llava_stage1"
+    config.model.update(COMPRESSIONS[compression])
     config.steps = 2000
     config.checkpoint.every = 1000
     config.data.options = {"image_size": 32}

@@ -60,7 +60,10 @@ class Experiment(Program):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the config, trained on the captions of the training split if need be."""
         spec = self.config["data"]
-        tokenizer = build_tokenizer(spec["text"], lambda: self._source(spec))
+        options = {**spec["options"], **spec["text"]["options"]}
+        tokenizer = build_tokenizer(
+            spec["text"], lambda: self._source({**spec, "options": options})
+        )
         leaves = trees.named_leaves(self.shapes.params)
         for path in (p for p in leaves if re.fullmatch(EMBEDDINGS, p)):
             if tokenizer.vocab_size > leaves[path].shape[0]:

@@ -87,6 +87,27 @@ def wrong_key(argv: Sequence[str], error: Exception) -> str:
     return f"a flag could not be read: {error}"
 
 
+def results_table(results: Mapping[str, float]) -> list[str]:
+    """Returns a line per result; those of kinds, "<evaluator>/<kind>/<metric>", are a table of
+    their evaluator, a line per kind and a column per metric.
+    """
+    lines, tables = [], {}
+    for name, value in results.items():
+        evaluator, _, rest = name.partition("/")
+        kind, _, metric = rest.rpartition("/")
+        if kind:
+            tables.setdefault(evaluator, {}).setdefault(kind, {})[metric] = value
+        else:
+            lines.append(f"  {name:<36}{value:.4f}")
+    for evaluator, kinds in tables.items():
+        columns = list(dict.fromkeys(metric for row in kinds.values() for metric in row))
+        lines.append(f"  {evaluator:<18}" + "".join(f"{metric:>12}" for metric in columns))
+        for kind, row in kinds.items():
+            cells = [f"{row[c]:>12.4g}" if c in row else " " * 12 for c in columns]
+            lines.append(f"    {kind:<16}" + "".join(cells))
+    return lines
+
+
 def finished(workdir: pathlib.Path, source: str | None = None) -> str:
     """Returns the last results of a workdir, its pictures and goodput, and how to load it.
 
@@ -98,8 +119,7 @@ def finished(workdir: pathlib.Path, source: str | None = None) -> str:
     lines = []
     if files:
         lines.append(f"results after step {files[-1].stem} ({files[-1]}):")
-        for name, value in json.loads(files[-1].read_text()).items():
-            lines.append(f"  {name:<36}{value:.4f}")
+        lines += results_table(json.loads(files[-1].read_text()))
         pictures = sorted((workdir / "eval" / files[-1].stem).rglob("*.png"))
         lines += ["pictures:", *(f"  {path}" for path in pictures)]
     curve = workdir / "training_curve.png"

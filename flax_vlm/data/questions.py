@@ -19,11 +19,19 @@ from flax_vlm.data.scenes import COLORS, SHAPES, Scene, SceneObject, describe, p
 Turn = tuple[str, str]  # question, answer
 NUMBERS = ("zero", "one", "two", "three")
 _DESCRIBE = ("Describe the picture.", "What do you see?", "Say what is in the picture.")
+_DETAIL = ("Describe the picture in detail.", "List all things.", "What lies where?")
 
 
 def description(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """Returns a caption of the whole scene."""
     return [(_DESCRIBE[rng.integers(len(_DESCRIBE))], describe(scene, rng).caption())]
+
+
+def detail(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns a list of all things with their places, from left to right."""
+    things = sorted(scene, key=lambda thing: thing.center)
+    said = ", ".join(f"a {o.size} {name(o)} {place_of(o)}" for o in things)
+    return [(_DETAIL[rng.integers(len(_DETAIL))], f"{NUMBERS[len(scene)]}: {said}")]
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -53,6 +61,12 @@ def shape(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     alone = [o for o in scene if sum(p.color == o.color for p in scene) == 1]
     thing = _pick(alone, rng)
     return [] if thing is None else [(f"What shape is the {thing.color} thing?", thing.shape)]
+
+
+def place(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns where a thing lies in the picture."""
+    thing = _pick(scene, rng)
+    return [(f"Where is the {name(thing)}?", place_of(thing))]
 
 
 def spatial(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -91,9 +105,11 @@ def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 # where a scene does not allow it
 QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], list[Turn]]] = {
     "description": description,
+    "detail": detail,
     "counting": counting,
     "color": color,
     "shape": shape,
+    "place": place,
     "relation": spatial,
     "comparison": comparison,
     "follow_up": follow_up,

@@ -22,6 +22,8 @@ from absl import logging
 from flax_vlm.data.sources import CAPTION_COLUMNS, Example
 
 SECONDS_TO_WAIT = 600  # for another process that prepares the same dataset
+# sys.stdout is of the whole process: two threads that put it aside at once lose it for good
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -47,7 +49,7 @@ def prepare(
     Raises:
         TimeoutError: if another process holds the lock for too long (filelock.Timeout).
     """
-    with _quiet():
+    with _ONE_AT_A_TIME, _quiet():
         builder = builder_class(
             data_dir=default_data_dir(data_dir), file_format="array_record", **options
         )
@@ -59,21 +61,16 @@ def prepare(
     return folder
 
 
-# stdout is the process's: of two threads that overlap, the second would keep it quiet for ever
-_ONE_AT_A_TIME = threading.Lock()
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with _ONE_AT_A_TIME:
-        # not tfds.disable_progress_bar(): nobody could switch a user's bars on again
-        nowhere, verbosity = io.StringIO(), logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
-        try:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        finally:
-            logging.set_verbosity(verbosity)
+    # not tfds.disable_progress_bar(): nobody could switch a user's bars on again
+    nowhere, verbosity = io.StringIO(), logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class TfdsSource:

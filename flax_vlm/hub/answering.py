@@ -89,18 +89,7 @@ def prompt_batch(
         {"images": some, "conversation": conversation(prompt, len(some)), "meta": {"id": n}}
         for n, (prompt, some) in enumerate(zip(prompts, lists, strict=True))
     ]
-    recipe = processor.image_recipe
-    seen = dict(image_ops=recipe.build_ops(), image_size=recipe.image_size) if count else {}
-    preprocess = ConversationPreprocess(
-        **{"image_ops": (), "image_size": (1, 1), **seen},
-        tokenizer=processor.tokenizer,
-        text_length=0,
-        template=template,
-        tokens_per_image=tokens_per_image,
-        num_images=count,
-        prompts=True,
-        blind=not tokens_per_image,
-    )
+    preprocess = conversation_preprocess(processor, template, tokens_per_image, count)
     longest = max(len(preprocess.tokens(example)[0]) for example in examples)
     preprocess = dataclasses.replace(preprocess, text_length=longest + -longest % MULTIPLE)
     rng = np.random.default_rng(0)  # operations of evaluation draw nothing from it
@@ -110,6 +99,64 @@ def prompt_batch(
         raise ValueError(f"the images of the prompts {broken} could not be read")
     keys = ["text", "text_mask", *(["images"] if count else [])]
     return {key: np.stack([row[key] for row in rows]) for key in keys}
+
+
+def conversation_preprocess(
+    processor: Processor, template: str | JinjaTemplate, tokens_per_image: int, num_images: int
+) -> ConversationPreprocess:
+    """Returns what makes prompts of conversations; its text_length is 0.
+
+    Args:
+        processor: see `prompt_batch`.
+        template: see `prompt_batch`.
+        tokens_per_image: see `prompt_batch`.
+        num_images: I.
+    """
+    recipe = processor.image_recipe
+    seen = dict(image_ops=recipe.build_ops(), image_size=recipe.image_size) if num_images else {}
+    return ConversationPreprocess(
+        **{"image_ops": (), "image_size": (1, 1), **seen},
+        tokenizer=processor.tokenizer,
+        text_length=0,
+        template=template,
+        tokens_per_image=tokens_per_image,
+        num_images=num_images,
+        prompts=True,
+        blind=not tokens_per_image,
+    )
+
+
+def answered_batch(
+    processor: Processor,
+    image: Any,
+    prompt: Prompt,
+    answer: str,
+    *,
+    template: str | JinjaTemplate,
+    tokens_per_image: int,
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Returns (a batch of one row: the prompt with its answer; positions of the answer's tokens).
+
+    Args:
+        processor: see `prompt_batch`.
+        image: that the prompt is about.
+        prompt: see `conversation`.
+        answer: what is answered.
+        template: see `prompt_batch`.
+        tokens_per_image: see `prompt_batch`.
+    """
+    preprocess = dataclasses.replace(
+        conversation_preprocess(processor, template, tokens_per_image, 1), prompts=False
+    )
+    turns = [*conversation(prompt, 1), {"role": "assistant", "content": answer}]
+    example = {"images": [image], "conversation": turns, "meta": {"id": 0}}
+    ids, answers = preprocess.tokens(example)
+    row = dataclasses.replace(preprocess, text_length=len(ids))(example, np.random.default_rng(0))
+    if not row["example_mask"]:
+        raise ValueError("the image could not be read")
+    last = max(answers)
+    batch = {key: row[key][None] for key in ("text", "text_mask", "images")}
+    return batch, [n for n, answer in enumerate(answers) if answer == last]
 
 
 def stop_ids(processor: Processor) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an exported language model needs besides weights and tokenizer, for transformers to talk to
-it: chat_template.jinja, generation_config.json, and processor_config.json where it sees.
+it: chat_template.jinja, generation_config.json, and processor_config.json of LLaVA and LLaVA-NeXT.
+The processors of other formats have arguments that are not known here: transformers then takes the
+defaults of their class.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from flax_vlm.objectives.next_token import NextToken
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 PROCESSOR = "processor_config.json"
 NAMES = (TEMPLATE, GENERATION, PROCESSOR)
-# model_type: its processor in transformers, of images that are one square each
-_PROCESSORS = {"llava": "LlavaProcessor"}
+# model_type: its processor in transformers
+_PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
 
 
 def chat_files(vlm: LoadedModel, model_type: str, config: Mapping[str, Any]) -> dict[str, str]:
@@ -32,7 +34,7 @@ def chat_files(vlm: LoadedModel, model_type: str, config: Mapping[str, Any]) -> 
         config: its config.json.
 
     Raises:
-        ValueError: if the processor of that format is not known here, or patches are not square.
+        ValueError: if patches are not square.
     """
     if not isinstance(vlm.objective, NextToken):
         return {}
@@ -41,17 +43,12 @@ def chat_files(vlm: LoadedModel, model_type: str, config: Mapping[str, Any]) -> 
     generation = {f"{k}_token_id": i for k, i in ids.items() if i is not None}
     generation["eos_token_id"] = list(answering.stop_ids(vlm.processor))
     files = {TEMPLATE: jinja_source(vlm.chat_template), GENERATION: _json(generation)}
-    if vlm.objective.sees:
+    if model_type in _PROCESSORS:
         files[PROCESSOR] = _json(_processor(vlm, model_type, config))
     return files
 
 
 def _processor(vlm: LoadedModel, model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    if model_type not in _PROCESSORS:
-        raise ValueError(
-            f"the processor is written for {list(_PROCESSORS)} alone, got {model_type}; "
-            f"convert.saving.save_pretrained writes the weights without it"
-        )
     tower = vlm.model.image
     height, width = as_pair(tower.patch_size)
     if height != width:

@@ -23,7 +23,7 @@ from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
 from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
 from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.data.naflex import NaflexRecipe
-from flax_vlm.hub import answering
+from flax_vlm.hub.answering import stop_ids
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models import MODELS
 from flax_vlm.models.naflex import NaFlexVisionTransformer
@@ -75,8 +75,8 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
         data |= {"rows": "conversations", "chat": {"template": _chat_template(folder)}}
         if text is not None:
             data["text"]["tokenizer"] = "chat"
-            ids = {"stop_ids": answering.stop_ids(processor), "pad_id": text.tokenizer.pad_id}
-            objective = {**objective, **ids}
+            ends = {"stop_ids": stop_ids(processor), "pad_id": text.tokenizer.pad_id}
+            objective = {**objective, **ends}
     if recipe is not None:
         objective = {**objective, "image_mean": recipe.mean, "image_std": recipe.std}
     return {"model": spec, "objective": objective, "data": data, "evals": {}}

@@ -15,17 +15,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flax_vlm.batch import normalize_image
 from flax_vlm.build import lookup
 from flax_vlm.data.jinja_templates import JinjaTemplate
 from flax_vlm.data.recipe import chat_template
 from flax_vlm.evaluation import scores
 from flax_vlm.evaluation.base import Predictor
 from flax_vlm.evaluation.zero_shot import TEMPLATES
-from flax_vlm.hub import answering, word_attention
+from flax_vlm.hub import answering
 from flax_vlm.hub.processor import Processor
-from flax_vlm.models.attention_maps import pooling_attention, text_attention
-from flax_vlm.models.llava import Llava
+from flax_vlm.models.attention_maps import pooling_attention
 from flax_vlm.models.vit import ViTClassifier
 from flax_vlm.objectives.base import Objective, Params, PredictFn
 from flax_vlm.objectives.encoder import Encoder
@@ -107,8 +105,6 @@ class LoadedModel:
         predictions = dict(self.objective.predictions)
         if "image_embedding" in predictions:
             predictions["attention"] = self._attention()
-        if isinstance(self.model, Llava):
-            predictions["text_attention"] = self._text_attention
         if self.mesh is None:
             return Predictor(predictions, self.params, self.extras)
         rows = batch_sharding(self.mesh)
@@ -118,13 +114,6 @@ class LoadedModel:
         recipe = self.processor.image_recipe
         return lambda params, extras, batch: pooling_attention(
             self.model, params, image_input(batch, recipe.mean, recipe.std)
-        )
-
-    def _text_attention(self, params: Params, extras: Any, batch: Mapping[str, Any]) -> jax.Array:
-        of = self.objective
-        images = normalize_image(batch["images"], of.image_mean, of.image_std)
-        return text_attention(
-            self.model, params, batch["text"], images, text_mask=batch["text_mask"]
         )
 
     def predict(self, name: str, batch: Mapping[str, Any]) -> np.ndarray:
@@ -310,41 +299,50 @@ class LoadedModel:
         self,
         image: Any,
         prompt: answering.Prompt,
-        word: str,
-        *,
         answer: str | None = None,
+        *,
         template: str | None = None,
-    ) -> np.ndarray:
-        """Returns how much a word looks at every patch of the image, [rows, columns] float32.
+    ) -> list[tuple[str, np.ndarray]]:
+        """Returns (token, map) for every token of an answer: how much the model looked at each part
+        of the image when it wrote that token, [rows, columns] float32.
 
-        Weights of the softmax over all tokens, mean over layers and heads: compare patches with
-        each other, they do not sum to one.
+        The weights are those of `attention_maps.text_attention` in the row of the token before,
+        which is where the next one is chosen.
 
         Args:
-            image: PIL image, array, bytes or path.
-            prompt: a question, or a conversation so far; see `generate`.
-            word: as it stands in prompt or answer; the last one counts.
-            answer: what the model said, for words of it: where it looked when it chose them.
+            image: PIL, array, bytes or path.
+            prompt: see `generate`.
+            answer: whose tokens; None takes the model's own.
             template: see `generate`.
 
         Raises:
-            ValueError: if the word is not there or stands in front of the image, the model takes no
-                images, or its visual tokens are not patches (a resampler, compressions, tiles).
+            ValueError: if the visual tokens have no places in the image, as those of a resampler;
+                see `generate`.
         """
-        word_attention.check_patches(self.model)
-        batch, rows, columns = word_attention.word_batch(
-            self.processor.tokenizer,
+        grid = getattr(self.model, "token_grid", None)
+        if grid is None:
+            raise ValueError(
+                "word_attention needs a model whose visual tokens have places in the image: a "
+                "LLaVA with a linear, mlp or pixel-shuffle connector that merges no tokens"
+            )
+        if answer is None:
+            answer = self.generate([image], [prompt], template=template)[0]
+        batch, places = answering.answered_batch(
+            self.processor,
+            image,
             prompt,
             answer,
             template=template or self.chat_template,
             tokens_per_image=self.model.tokens_per_image,
-            word=word,
         )
-        pixels = self.processor.images([image])[:, None]  # [1, 1, H, W, 3]
-        weights = self.predict("text_attention", {**batch, "images": pixels})[0]  # [L, L]
-        seen = weights[rows][:, columns].mean(axis=0)
-        grid = self.model.image.grid
-        return seen[-grid[0] * grid[1] :].reshape(grid)  # without class token and registers
+        weights = self.predict("text_attention", batch)[0]  # [L, L]
+        text, stops = batch["text"][0], answering.stop_ids(self.processor)
+        visual = text == self.model.image_token_id
+        return [
+            (self.processor.tokenizer.decode([text[n]]), weights[n - 1, visual].reshape(grid))
+            for n in places
+            if text[n] not in stops
+        ]
 
     @property
     def chat_template(self) -> str | JinjaTemplate:

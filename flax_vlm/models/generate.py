@@ -131,7 +131,7 @@ def _slots(prompt: Prompt, new: int) -> int:
             raise ValueError(f"every row of a prompt needs a real token, rows {blind} have none")
     if prompt.prefix is None:
         return length + new
-    rows = prompt.prefix.k.shape[1]
+    rows = prompt.prefix.batch
     if rows not in (1, batch):
         raise ValueError(f"a prefix has one row or those of the prompt, got {rows} for {batch}")
     return prompt.prefix.capacity + length + new
@@ -149,16 +149,18 @@ def _read(
 ) -> tuple[jax.Array, KVCache]:
     batch = prompt.shape[0]
     if prompt.prefix is None:
-        cache = model.init_cache(batch, capacity, cache_dtype)
+        has_visual = prompt.visual is not None
+        cache = model.init_cache(batch, capacity, cache_dtype, visual=has_visual)
     else:
-        rows = jnp.arange(batch) % prompt.prefix.k.shape[1]
+        rows = jnp.arange(batch) % prompt.prefix.batch
         model.check_capacity(capacity)
         cache = prompt.prefix.take(rows).grow(capacity)
     variables = {"params": params}
     x = prompt.embeddings
     if x is None:
         x = model.apply(variables, prompt.text, method="embed")
-    tokens, cache = model.apply(variables, x, prompt.mask, cache=cache, method="decode")
+    given = dict(cache=cache, visual=prompt.visual)
+    tokens, cache = model.apply(variables, x, prompt.mask, **given, method="decode")
     mask = jnp.ones(prompt.shape, bool) if prompt.mask is None else prompt.mask
     last = jnp.where(mask, jnp.arange(prompt.shape[1])[None], 0).max(axis=1)
     tokens = jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]  # [B, D]

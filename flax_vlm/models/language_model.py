@@ -28,8 +28,7 @@ from flax_vlm.nn.decoder import (
     DecoderBlock,
     distances,
     positions_of,
-    visible_in_cache,
-    visible_in_text,
+    read_slots,
 )
 from flax_vlm.nn.initializers import INITS
 from flax_vlm.nn.int8 import dequantize
@@ -143,38 +142,8 @@ class LanguageModel(nn.Module):
             dtype=self.dtype,
             init=inits.embedding,
         )
-        norm = functools.partial(RMSNorm, self.norm_eps, plus_one=self.norm_plus_one)
-        self.blocks = self._scanned()(
-            make_norm=norm,
-            make_attention=functools.partial(
-                MultiHeadAttention,
-                self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                qkv_bias=self.qkv_bias,
-                o_bias=self.o_bias,
-                qk_norm_eps=self.norm_eps if self.qk_norm else None,
-                scale=self.attention_scale,
-                logit_cap=self.attention_cap,
-                implementation=self.attention_implementation,
-                dtype=self.dtype,
-                in_init=inits.attention_in,
-                out_init=inits.attention_out,
-            ),
-            make_mlp=functools.partial(
-                Mlp,
-                self.mlp_dim,
-                activation=self.activation,
-                gated=True,
-                use_bias=self.mlp_bias,
-                dtype=self.dtype,
-                in_init=inits.mlp_in,
-                out_init=inits.mlp_out,
-                bias_init=inits.mlp_bias,
-            ),
-            post_norms=self.post_norms,
-        )
-        self.norm = norm()
+        self.norm = RMSNorm(self.norm_eps, plus_one=self.norm_plus_one)
+        self.blocks = self._make_blocks(self.depth)
         if not self.tied:
             self.lm_head = self._stored(nn.Dense)(
                 self.vocab_size,
@@ -205,19 +174,52 @@ class LanguageModel(nn.Module):
             return kind
         return nn.map_variables(kind, "params", dequantize)
 
-    def _scanned(self) -> Any:
+    def _make_blocks(self, length: int, **place: Any) -> nn.Module:
+        """Returns layers that share one scan: all of them, or a range (models/fastv.py)."""
         block = self._stored(DecoderBlock)
         policy = lookup(REMAT_POLICIES, self.remat, "remat policy")
         if self.remat != "none":
             block = nn.remat(block, policy=policy, prevent_cse=self.unroll > 1)
         whole = nn.broadcast
-        return nn.scan(
+        scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, whole if self.window is None else 0, whole, whole, whole),
-            length=self.depth,
-            unroll=self.unroll,
+            length=length,
+            unroll=min(self.unroll, length),
+        )
+        inits = lookup(INITS, self.init_scheme, "init_scheme")(self.width, self.depth)
+        return scanned(
+            make_norm=functools.partial(RMSNorm, self.norm_eps, plus_one=self.norm_plus_one),
+            make_attention=functools.partial(
+                MultiHeadAttention,
+                self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                qkv_bias=self.qkv_bias,
+                o_bias=self.o_bias,
+                qk_norm_eps=self.norm_eps if self.qk_norm else None,
+                scale=self.attention_scale,
+                logit_cap=self.attention_cap,
+                implementation=self.attention_implementation,
+                dtype=self.dtype,
+                in_init=inits.attention_in,
+                out_init=inits.attention_out,
+            ),
+            make_mlp=functools.partial(
+                Mlp,
+                self.mlp_dim,
+                activation=self.activation,
+                gated=True,
+                use_bias=self.mlp_bias,
+                dtype=self.dtype,
+                in_init=inits.mlp_in,
+                out_init=inits.mlp_out,
+                bias_init=inits.mlp_bias,
+            ),
+            post_norms=self.post_norms,
+            **place,
         )
 
     def layer_windows(self) -> np.ndarray | None:
@@ -232,13 +234,16 @@ class LanguageModel(nn.Module):
         """Returns what the model is called with, as shapes, for a batch of one."""
         return [jax.ShapeDtypeStruct((1, 2), jnp.int32)]
 
-    def init_cache(self, batch: int, capacity: int, dtype: str | None = None) -> KVCache:
+    def init_cache(
+        self, batch: int, capacity: int, dtype: str | None = None, *, visual: bool = False
+    ) -> KVCache:
         """Returns an empty cache for this model.
 
         Args:
             batch: B.
             capacity: slots for the prompt and all that is generated.
             dtype: of the store, "int8" for half the bytes of bfloat16; None takes the model's.
+            visual: changes nothing here, but in models/fastv.py.
 
         Raises:
             ValueError: see `check_capacity`.
@@ -275,36 +280,37 @@ class LanguageModel(nn.Module):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
+        visual: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns (tokens [B, S, D] after the final norm, cache); arguments as in __call__."""
-        check_shapes("B S D; B S; B S; B S", embeddings, mask, positions, segments)
+        """Returns (tokens [B, S, D] after the final norm, cache).
+
+        Arguments as in __call__; visual [B, S] bool, True = visual token, changes nothing here, but
+        in models/fastv.py.
+        """
+        check_shapes("B S D; B S; B S; B S; B S", embeddings, mask, positions, segments, visual)
+        positions = self._positions(embeddings, mask, positions, cache)
+        cache, windows, *seen = self._layer_inputs(positions, mask, segments, cache)
+        x = embeddings.astype(self.dtype)
+        (x, cache), _ = self.blocks((x, cache), jnp.arange(self.depth), windows, *seen)
+        return self.norm(x), cache
+
+    def _positions(self, x: jax.Array, mask: Any, positions: Any, cache: Any) -> jax.Array:
         if positions is None:
-            real = jnp.ones(embeddings.shape[:2], bool) if mask is None else mask
-            positions = positions_of(real, 0 if cache is None else cache.next_position())
-        elif mask is not None:
-            positions = jnp.where(mask, positions, -1)
-        if cache is None:
-            keys, visible = positions, visible_in_text(mask, segments)
-        else:
-            if segments is not None:
-                raise ValueError("packed texts (segments) cannot be read into a cache")
-            check_shapes("_ B _ _ _; B S", cache.k, positions)
-            cache = cache.claim(positions)
-            keys = cache.positions
-            visible = visible_in_cache(positions, keys)
+            real = jnp.ones(x.shape[:2], bool) if mask is None else mask
+            return positions_of(real, 0 if cache is None else cache.next_position())
+        return positions if mask is None else jnp.where(mask, positions, -1)
+
+    def _layer_inputs(self, positions: jax.Array, mask: Any, segments: Any, cache: Any) -> tuple:
+        """Returns the cache with slots claimed, and what layers read: windows [layers], visible,
+        distance, rotary.
+        """
+        keys, visible, cache = read_slots(positions, mask, segments, cache)
         windows = self.layer_windows()
         frequencies = self.rope_scaling.frequencies(self.rope_theta, self.head_dim, keys.max() + 1)
         rotary = rotary1d(positions, frequencies, self.rope_scaling.attention_factor)
-        x = embeddings.astype(self.dtype)
-        (x, cache), _ = self.blocks(
-            (x, cache),
-            jnp.arange(self.depth),
-            None if windows is None else jnp.asarray(windows),
-            visible,
-            None if windows is None else distances(positions, keys),
-            rotary,
-        )
-        return self.norm(x), cache
+        if windows is None:
+            return cache, None, visible, None, rotary
+        return cache, jnp.asarray(windows), visible, distances(positions, keys), rotary
 
     def logits(self, tokens: jax.Array) -> jax.Array:
         """Returns [..., V] float32, of the token after each one.

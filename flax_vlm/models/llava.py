@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_vlm.build import build
+from flax_vlm.models.fastv import prune
 from flax_vlm.models.language_model import LanguageModel, LanguageOutput, build_language_model
 from flax_vlm.models.two_towers import IMAGE_ENCODERS
-from flax_vlm.nn.compression import Compression, build_compression
-from flax_vlm.nn.connectors import build_connector
+from flax_vlm.nn.compression import Compression, TokenMerging, build_compression
+from flax_vlm.nn.connectors import ResamplerConnector, build_connector
 from flax_vlm.nn.patches import as_pair
 from flax_vlm.shapes import check_shapes
 
@@ -84,6 +85,19 @@ class Llava(nn.Module):
         if self.compression is not None:
             patches = self.compression.num_tokens(patches)
         return self.connector.num_tokens(patches)
+
+    @property
+    def token_grid(self) -> tuple[int, int] | None:
+        """(rows, columns) in which the visual tokens of an image lie, row by row; None where they
+        have no places: latents, merged tokens, a class token among them.
+        """
+        rows, columns = self.image.grid
+        for part in (self.compression, self.connector):
+            if isinstance(part, TokenMerging | ResamplerConnector):
+                return None
+            scale = getattr(part, "scale", 1)
+            rows, columns = rows // scale, columns // scale
+        return None if self.keep_prefix and self.image.num_prefix else (rows, columns)
 
     def visual_tokens(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns [B, I Q, D] (with a newline [B, I Q + 1, D]): the tokens of all images of a row,
@@ -222,6 +236,7 @@ def build_llava(
     keep_prefix: bool = False,
     newline: bool = False,
     compression: Mapping[str, Any] | None = None,
+    pruning: Mapping[str, int] | None = None,
 ) -> Llava:
     """Returns a Llava.
 
@@ -234,12 +249,14 @@ def build_llava(
         keep_prefix: see Llava.
         newline: see Llava.
         compression: {"name": a key of compression.COMPRESSIONS, **its arguments}; None has none.
+        pruning: {"layer": K, "keep": R}: a prompt keeps R visual tokens of an image after K layers
+            of the language model (models/fastv.py); None keeps all.
 
     Raises:
         ValueError: for an unknown name or argument.
     """
     decoder = build_language_model(**{k: v for k, v in language_model.items() if k != "name"})
-    return Llava(
+    model = Llava(
         build(IMAGE_ENCODERS, image, "image encoder"),
         build_connector(connector, decoder.width, decoder.dtype),
         decoder,
@@ -249,3 +266,14 @@ def build_llava(
         newline=newline,
         compression=None if compression is None else build_compression(compression),
     )
+    return model if pruning is None else _pruned(model, **pruning)
+
+
+def _pruned(model: Llava, layer: int, keep: int) -> Llava:
+    if not 0 <= keep <= model.tokens_per_image:
+        raise ValueError(
+            f"pruning keeps between 0 and {model.tokens_per_image} visual tokens, those of an "
+            f"image, got {keep}"
+        )
+    pruned = prune(model.language_model, layer, model.tokens_per_image - keep)
+    return model.clone(language_model=pruned)

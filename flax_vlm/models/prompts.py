@@ -24,12 +24,15 @@ class Prompt:
         mask: [B, S] bool, True = real token; None if all are. Pad on the left, so that what is
             generated follows; padding elsewhere changes nothing either.
         prefix: the cache of `read_prefix`, of one row or of B: what stands before; or None.
+        visual: [B, S] bool, True = visual token: what models/fastv.py may drop; other models do
+            not read it. None drops nothing.
     """
 
     text: Any = None
     embeddings: Any = None
     mask: Any = None
     prefix: KVCache | None = None
+    visual: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from flax_vlm.nn.ambient_mesh import keep_rows
 from flax_vlm.nn.kv_cache import PADDING, KVCache
 from flax_vlm.nn.masks import combine_masks
 from flax_vlm.nn.rotary import Rotary
+from flax_vlm.shapes import check_shapes
 
 
 class DecoderBlock(nn.Module):
@@ -87,6 +88,32 @@ def positions_of(mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     count = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), mask.shape[:1])
     return jnp.where(mask, count + start[:, None], PADDING)
+
+
+def read_slots(
+    positions: jax.Array,
+    mask: jax.Array | None,
+    segments: jax.Array | None,
+    cache: KVCache | None,
+) -> tuple[jax.Array, jax.Array | None, KVCache | None]:
+    """Returns (positions of the keys [B, T], what may be seen, the cache with slots claimed).
+
+    Args:
+        positions: [B, S] int32 of the tokens that are read, PADDING for padding.
+        mask: [B, S] bool, True = real token; None keeps all.
+        segments: [B, S] int32; see `visible_in_text`.
+        cache: of the tokens before; None: there are none, and causality is not in what is returned.
+
+    Raises:
+        ValueError: if segments are read into a cache, or shapes disagree.
+    """
+    if cache is None:
+        return positions, visible_in_text(mask, segments), None
+    if segments is not None:
+        raise ValueError("packed texts (segments) cannot be read into a cache")
+    check_shapes("_ B _ _ _; B S", cache.k, positions)
+    cache = cache.claim(positions)
+    return cache.positions, visible_in_cache(positions, cache.positions), cache
 
 
 def distances(queries: jax.Array, keys: jax.Array) -> jax.Array:

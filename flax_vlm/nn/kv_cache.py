@@ -52,6 +52,11 @@ class KVCache:
         """T, the number of slots."""
         return self.k.shape[2]
 
+    @property
+    def batch(self) -> int:
+        """B, the number of rows."""
+        return self.k.shape[1]
+
     def next_position(self) -> jax.Array:
         """Returns [B] int32: where each row's text goes on."""
         return self.positions.max(axis=1) + 1

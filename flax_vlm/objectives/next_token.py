@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax_vlm.batch import normalize_image
 from flax_vlm.losses.tokens import next_token_targets, token_loss
 from flax_vlm.meters import Mean
+from flax_vlm.models.attention_maps import text_attention
 from flax_vlm.models.generate import advance, start
 from flax_vlm.models.language_model import LanguageModel
 from flax_vlm.models.prompts import Prompt
@@ -70,7 +71,8 @@ class NextToken:
         """Functions of (params, extras, batch): "logits" [B, L, V] float32, of the token after each
         one; "generate" [B, max_new_tokens] int32, the most probable continuation of prompts that
         are padded on the left; "image_tokens" [B, I T, D], the encoder's output; "visual_tokens",
-        what the language model is shown of it.
+        what the language model is shown of it; "text_attention" [B, L, L], see
+        `attention_maps.text_attention`.
         """
 
         def seen(method: str) -> PredictFn:
@@ -84,6 +86,14 @@ class NextToken:
         }
         if self.sees:
             predictions |= {name: seen(name) for name in ("image_tokens", "visual_tokens")}
+            predictions["text_attention"] = lambda params, extras, batch: text_attention(
+                self.model,
+                params,
+                batch["text"],
+                self._images(batch),
+                text_mask=batch.get("text_mask"),
+                **indices(batch),
+            )
         return predictions
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Params, Extras]:
@@ -131,14 +141,13 @@ class NextToken:
     ) -> Any:
         images = self._images(batch)
         seen = (images,) if self.sees else ()
-        given = {key: batch[key] for key in INDICES if key in batch}
         rngs = {"dropout": rng} if train else {}
         return self.model.apply(
             {"params": params},
             batch["text"],
             *seen,
             batch.get("text_mask"),
-            **given,
+            **indices(batch),
             train=train,
             rngs=rngs,
         )
@@ -150,7 +159,8 @@ class NextToken:
         if self.sees:
             given = {key: batch[key] for key in ("visual_index", "visual_weight") if key in batch}
             embeddings = model.apply({"params": params}, text, images, **given, method="embed")
-            prompt = Prompt(embeddings=embeddings, mask=mask)
+            visual = text == model.image_token_id
+            prompt = Prompt(embeddings=embeddings, mask=mask, visual=visual)
             model, decoder = model.language_model, params["language_model"]
         state = start(
             model, decoder, prompt, max_new_tokens=self.max_new_tokens, pad_id=self.pad_id
@@ -159,6 +169,11 @@ class NextToken:
         return advance(
             model, decoder, state, self.max_new_tokens, None, stop_ids, self.pad_id
         ).tokens
+
+
+def indices(batch: Batch) -> dict[str, jax.Array]:
+    """Returns the INDICES that a batch has."""
+    return {key: batch[key] for key in INDICES if key in batch}
 
 
 def in_chunks(function: Any, size: int, *arrays: jax.Array) -> Any:

@@ -9,13 +9,24 @@ Per token, with N heads of queries and M of keys of width K:
 
     layer    2 (D (N + 2 M) K + N K D + 3 D M_mlp) + 4 N K T     T: slots attended to
     output   2 D V
+
+A FastV has fewer tokens and slots in its later layers, where a prompt has visual tokens; choosing
+them costs nothing that is counted.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from flax_vlm.models.fastv import FastV
 from flax_vlm.models.language_model import LanguageModel
+
+
+def layer_groups(model: LanguageModel) -> list[tuple[int, int]]:
+    """Returns [(number of layers, tokens of a prompt that they no longer see)]."""
+    if not isinstance(model, FastV):
+        return [(model.depth, 0)]
+    return [(model.prune_layer, 0), (model.depth - model.prune_layer, model.prune_tokens)]
 
 
 def layer_weights(model: LanguageModel) -> int:
@@ -35,8 +46,7 @@ def decoder_flops(model: LanguageModel, tokens: int, slots: int, outputs: int) -
         slots: that each of them attends to: as many without a cache, its capacity with one.
         outputs: tokens that logits are computed for.
     """
-    scores = 4 * model.num_heads * model.head_dim * slots
-    layers = model.depth * tokens * (2 * layer_weights(model) + scores)
+    layers = model.depth * tokens * _layer_flops(model, slots)
     return layers + 2 * outputs * model.width * model.vocab_size
 
 
@@ -62,7 +72,10 @@ def prefill_flops(model: LanguageModel, tokens: int, capacity: int) -> int:
         tokens: of the prompt, padding included.
         capacity: slots of the cache.
     """
-    return decoder_flops(model, tokens, capacity, 1)
+    flops = decoder_flops(model, 0, 0, 1)
+    for layers, gone in layer_groups(model):
+        flops += layers * (tokens - gone) * _layer_flops(model, capacity - gone)
+    return flops
 
 
 def decode_flops(model: LanguageModel, capacity: int) -> int:
@@ -72,11 +85,19 @@ def decode_flops(model: LanguageModel, capacity: int) -> int:
         model: the language model.
         capacity: slots of the cache.
     """
-    return decoder_flops(model, 1, capacity, 1)
+    flops = decoder_flops(model, 0, 0, 1)
+    for layers, gone in layer_groups(model):
+        flops += layers * _layer_flops(model, capacity - gone)
+    return flops
+
+
+def _layer_flops(model: LanguageModel, slots: int) -> int:
+    return 2 * layer_weights(model) + 4 * model.num_heads * model.head_dim * slots
 
 
 def cache_bytes(model: LanguageModel, batch: int, capacity: int, dtype: str | None = None) -> int:
-    """Returns the bytes of the keys and values: 2 layers B T M K per element's byte.
+    """Returns the bytes of the keys and values: 2 layers B T M K per element's byte; with a FastV
+    those of a prompt with visual tokens.
 
     int8 has a float32 scale per vector besides; the positions of the slots are not counted.
 
@@ -88,7 +109,8 @@ def cache_bytes(model: LanguageModel, batch: int, capacity: int, dtype: str | No
     """
     dtype = np.dtype("uint16" if (dtype or model.dtype) == "bfloat16" else dtype or model.dtype)
     vector = model.head_dim * dtype.itemsize + (4 if dtype == np.int8 else 0)
-    return 2 * model.depth * batch * capacity * model.num_kv_heads * vector
+    slots = sum(layers * (capacity - gone) for layers, gone in layer_groups(model))
+    return 2 * batch * slots * model.num_kv_heads * vector
 
 
 def bytes_per_token(

@@ -20,12 +20,20 @@ from flax_vlm import trees
 from flax_vlm.program import Program, example_batch
 from flax_vlm.training import sharding
 
+# of text towers, language models and LLaVAs
+TOKEN_EMBEDDINGS = (
+    "text/embedding/embedding",
+    "embedding/embedding",
+    "language_model/embedding/embedding",
+)
+
 
 def synthetic_batch(program: Program, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns this process's rows of a random batch: noise images, texts of random lengths.
 
     A text is random ids, then the largest id (CLIP's end of text), then padding with 0; every
-    text_id is another one, so that no pair is masked.
+    text_id is another one, so that no pair is masked. Of a conversation all tokens are supervised,
+    and its first are visual tokens, one image's or as many as fit.
 
     Args:
         program: whose shapes, vocabulary and classes the batch has.
@@ -36,20 +44,27 @@ def synthetic_batch(program: Program, seed: int = 0) -> dict[str, np.ndarray]:
     batch = example_batch(program.config, rows)
     rng = np.random.default_rng((seed, index))
     length = batch["text"].shape[1]
-    table = trees.named_leaves(program.shapes.params).get("text/embedding/embedding")
+    model, tables = program.objective.model, trees.named_leaves(program.shapes.params)
+    table = next((tables[path] for path in TOKEN_EMBEDDINGS if path in tables), None)
     end = 1 if table is None else table.shape[0] - 1
     ends_at = rng.integers(length // 2, length, (rows, 1))  # [B, 1]
     position = np.arange(length)[None, :]
     ids = rng.integers(1, max(end, 2), (rows, length))  # [B, L]
     ids = np.where(position == ends_at, end, np.where(position < ends_at, ids, 0))
-    classes = getattr(program.objective.model, "num_classes", None) or 1
-    return batch | {
-        "image": rng.integers(0, 256, batch["image"].shape, np.uint8),
+    if hasattr(model, "image_token_id"):
+        ids[:, : model.tokens_per_image] = model.image_token_id
+    classes = getattr(model, "num_classes", None) or 1
+    made = {
         "text": ids.astype(np.int32),
         "text_mask": position <= ends_at,
+        "loss_mask": position <= ends_at,
         "text_id": np.arange(index * rows, (index + 1) * rows, dtype=np.int32),
         "label": rng.integers(0, classes, rows).astype(np.int32),
     }
+    for key in ("image", "images"):
+        if key in batch:
+            made[key] = rng.integers(0, 256, batch[key].shape, np.uint8)
+    return {key: made.get(key, value) for key, value in batch.items()}
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ optimizer slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flax_vlm import trees
 from flax_vlm.build import build, lookup
@@ -109,7 +111,43 @@ def sgd(momentum: float = 0.0) -> optax.GradientTransformation:
     return optax.trace(momentum) if momentum else optax.identity()
 
 
-OPTIMIZERS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "sgd": sgd}
+def muon(
+    momentum: float = 0.95, rms: float = 0.2, b1: float = 0.9, b2: float = 0.95
+) -> optax.GradientTransformation:
+    """Returns Muon's scaling for the kernels of scanned blocks, Adam's for all else.
+
+    The momentum of a kernel, as a matrix from what it reads to what it writes, becomes its nearest
+    orthogonal matrix (five steps of Newton and Schulz); `rms` is the root mean square that the
+    update then has, so that one learning rate fits both.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale is Liu et al. 2025,
+        arXiv:2502.16982, section 2.2.
+    """
+
+    def label(path: str, _: Any) -> str:
+        return "muon" if trees.is_scanned(path) and path.endswith("/kernel") else "adam"
+
+    def matrix(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers:
+        axes = tuple(range(1, len(leaf.shape)))  # without the layers
+        cut = -1 if path.endswith("/o/kernel") else 1  # heads come in, or go out
+        return optax.contrib.MuonDimensionNumbers(axes[:cut], axes[cut:])
+
+    def scaled(path: str, update: jax.Array) -> jax.Array:
+        sides = [math.prod(update.shape[a] for a in axes) for axes in matrix(path, update)]
+        return update * (rms * max(sides) ** 0.5)  # an orthogonal matrix has 1 / sqrt(larger side)
+
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=momentum,
+            weight_dimension_numbers=lambda params: trees.map_with_path(matrix, params),
+        ),
+        optax.stateless(lambda updates, params: trees.map_with_path(scaled, updates)),
+    )
+    parts = {"muon": matrices, "adam": optax.scale_by_adam(b1, b2)}
+    return optax.partition(parts, lambda params: trees.map_with_path(label, params))
+
+
+OPTIMIZERS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "muon": muon, "sgd": sgd}
 
 # What an encoder applies before its blocks: models/vit.py, models/text_encoder.py.
 BEFORE_BLOCKS = ("patches", "cls", "registers", "mask", "positions", "ln_pre", "embedding")

@@ -42,6 +42,24 @@ def test_only_what_words_fit_alone_is_asked_for():
     assert QUESTIONS["color"]((RED, GREEN), np.random.default_rng(0)) == []
 
 
+def test_a_thing_is_found_among_nine_places():
+    assert asked("place") == {
+        "Where is the red circle?": "in the top left corner",
+        "Where is the blue star?": "in the top right corner",
+        "Where is the green circle?": "in the bottom left corner",
+    }
+
+
+def test_all_things_are_listed_from_left_to_right():
+    right = SceneObject("circle", "green", "small", (0.21, 0.8), 0.1)
+    expected = (
+        "three: a large red circle in the top left corner, a small green circle in the bottom "
+        "left corner, a small blue star in the top right corner"
+    )
+    for scene in ((RED, BLUE, right), (right, RED, BLUE)):
+        assert set(asked("detail", scene).values()) == {expected}
+
+
 def test_relations_are_told_along_the_axis_that_differs_more():
     answers = asked("relation")
     assert answers["Where is the red circle, seen from the blue star?"] == "left"
@@ -76,7 +94,7 @@ def test_a_question_has_one_answer_whatever_is_drawn():
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene, answers = sample_scene(rng), {}
-        for kind in ("counting", "color", "shape", "relation", "comparison"):
+        for kind in ("counting", "color", "shape", "place", "relation", "comparison"):
             for _ in range(20):
                 for question, answer in QUESTIONS[kind](scene, rng):
                     assert answers.setdefault(question, answer) == answer

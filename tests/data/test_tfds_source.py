@@ -176,24 +176,6 @@ print([m for m in ("tensorflow", "torch", "flax") if m in sys.modules])
 """
 
 
-def test_threads_that_prepare_data_at_once_leave_stdout_as_it_was(tmp_path):
-    entered = threading.Barrier(2)
-
-    class Slow:
-        data_path = str(tmp_path)
-
-        def __init__(self, **options):
-            with contextlib.suppress(threading.BrokenBarrierError):
-                entered.wait(timeout=0.5)  # both are inside, or one waits for the other
-
-    before = sys.stdout, sys.stderr
-    first = threading.Thread(target=prepare, args=(Slow,))
-    first.start()
-    prepare(Slow)
-    first.join()
-    assert (sys.stdout, sys.stderr) == before
-
-
 def test_two_processes_prepare_the_same_data_quietly_and_without_tensorflow(tmp_path):
     environment = {**os.environ, "FLAX_VLM_DATA_DIR": str(tmp_path / "new")}
     command = [sys.executable, "-W", "error::UserWarning", "-c", PROGRAM]
@@ -207,3 +189,24 @@ def test_two_processes_prepare_the_same_data_quietly_and_without_tensorflow(tmp_
     assert lines[0].startswith("1437 ") and lines[1].startswith("40 ") and lines[2:] == ["[]"]
     left = [p.name for p in (tmp_path / "new").rglob("*incomplete*")]
     assert left == []
+
+
+def test_threads_that_prepare_at_once_leave_the_output_of_the_process_alone(tmp_path):
+    inside = threading.Barrier(2)
+
+    class Slow(_Toy, skip_registration=True):
+        FEATURES = {"image": IMAGE}
+
+        def __init__(self, **options):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.5)  # for the other thread, which must not come
+            super().__init__(**options)
+
+    before = sys.stdout, sys.stderr
+    threads = [threading.Thread(target=prepare, args=(Slow, tmp_path)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stdout, sys.stderr) == before
+    assert inside.broken

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an exported language model has for talking; that transformers agrees: tests/integration."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 import flax_vlm
+from flax_vlm.build import build
 from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.hub.chat_files import NAMES, chat_files
+from flax_vlm.models import MODELS
 from tests.data.test_jinja_templates import LLAVA as TEMPLATE
 from tests.hub.folders import write_folder
 from tests.hub.test_generate import DECODER, IMAGES, LLAVA, TOKENIZER, write
@@ -85,10 +88,21 @@ def test_the_card_of_a_model_that_sees_shows_how_to_ask_it(llava, tmp_path):
     assert "It sees images of 28 x 28 pixels in patches of 14 x 14" in card
 
 
-def test_what_the_processor_of_transformers_cannot_be_is_refused(llava):
+def test_the_processors_of_other_formats_are_left_to_their_class(llava):
     config = {"vision_feature_select_strategy": "default"}
-    with pytest.raises(ValueError, match="written for .'llava'. alone, got llava_next"):
-        chat_files(llava, "llava_next", config)
+    found = {kind: chat_files(llava, kind, config) for kind in ("llava_next", "llava_onevision")}
+    assert '"LlavaNextProcessor"' in found["llava_next"]["processor_config.json"]
+    assert "processor_config.json" not in found["llava_onevision"]
+
+
+def test_patches_that_are_not_square_are_refused(llava):
+    image = {**LLAVA["image"], "patch_size": (14, 7)}
+    model = build(MODELS, {**LLAVA, "image": image}, "model")
+    changed = dataclasses.replace(
+        llava, objective=dataclasses.replace(llava.objective, model=model)
+    )
+    with pytest.raises(ValueError, match="LlavaProcessor needs square patches, got 14 x 7"):
+        chat_files(changed, "llava", {})
 
 
 def test_an_encoder_has_no_chat_files(tmp_path):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 import flax_vlm
+from flax_vlm.build import build
 from flax_vlm.convert.saving import save_pretrained
 from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.data.text import byte_level
 from flax_vlm.hub.answering import conversation, image_lists
+from flax_vlm.models import MODELS
 from flax_vlm.trees import map_with_path
 from tests.data.test_jinja_templates import CHATML
 from tests.hub.folders import random_params
@@ -152,3 +154,39 @@ def test_images_stand_in_front_where_no_marker_says_otherwise():
     assert conversation("What?", 2)[0]["content"] == "<image>\n<image>\nWhat?"
     assert conversation("A <image>?", 1)[0]["content"] == "A <image>?"
     assert image_lists([1, None, [2, 3]], 3) == [[1], [], [2, 3]]
+
+
+def test_a_word_looks_where_the_token_before_it_does(llava):
+    answer = "red ox"
+    found = llava.word_attention(IMAGES[0], "What?", answer, template="short")
+    assert "".join(token for token, _ in found).strip() == answer
+    text = llava.processor.tokenizer.encode_chat("Q: <image>\nWhat? A: red ox")[0]
+    marker = LLAVA["image_token_id"]
+    at = text.index(marker)
+    text = np.array([*text[:at], *[marker] * 4, *text[at + 1 :]])[None]
+    pixels = llava.processor.images(IMAGES[:1])[:, None]
+    weights = llava.predict("text_attention", {"text": text, "images": pixels})[0]
+    assert weights.shape == (text.shape[1],) * 2
+    for n, (_, seen) in enumerate(reversed(found)):
+        expected = weights[-2 - n, at : at + 4].reshape(2, 2)  # what comes before the token
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+    maps = np.stack([seen for _, seen in found])
+    assert np.ptp(maps) > 0.01 and (maps > 0).all()
+
+
+def test_the_own_answer_is_looked_at_where_none_is_given(llava):
+    answer = llava.generate(IMAGES[:1], ["What?"])[0]
+    own, given = (llava.word_attention(IMAGES[0], "What?", a) for a in (None, answer))
+    assert [token for token, _ in own] == [token for token, _ in given]
+
+
+def test_latents_have_no_places_in_the_image(text_model):
+    resampler = {"num_latents": 2, "depth": 1, "num_heads": 2, "head_dim": 8}
+    spec = {**LLAVA, "connector": {"name": "resampler", "resampler": resampler}}
+    model = build(MODELS, spec, "model")
+    assert model.token_grid is None
+    assert build(MODELS, LLAVA, "model").token_grid == (2, 2)
+    shuffled = {**LLAVA, "connector": {"name": "pixel_shuffle"}}
+    assert build(MODELS, shuffled, "model").token_grid == (1, 1)
+    with pytest.raises(ValueError, match="visual tokens have places in the image"):
+        text_model.word_attention(IMAGES[0], "What?")

@@ -25,6 +25,7 @@ SMALL = [
     "llava_shapes_stage1",
     "llava_shapes_stage1:blind",
     "llava_shapes_stage2:resampler",
+    "llava_shapes_stage2:mlp,,fastv",
     "shapes_negatives:mixed",
     "siglip_digits",
     "siglip_shapes",

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from flax_vlm import trees
+from flax_vlm.batch import normalize_image
+from flax_vlm.models.generate import generate, start
+from flax_vlm.models.prompts import Prompt
 from flax_vlm.objectives import build_objective
 from flax_vlm.training.optimizers import build_optimizer
 from flax_vlm.training.state import make_init
@@ -133,6 +136,30 @@ def test_generation_continues_the_most_probable_way_and_stops(llava, params):
     stopping = dataclasses.replace(llava, stop_ids=(int(tokens[0, 1]),), pad_id=47)
     stopped = np.asarray(stopping.predictions["generate"](params, {}, prompt))
     assert stopped[0, 1] == tokens[0, 1] and (stopped[0, 2:] == 47).all()
+
+
+def test_a_pruned_model_drops_the_image_of_a_prompt_alone(llava, params):
+    text = np.concatenate([TEXT[:1, :9], TEXT[:1, :9]])
+    batch = {"text": text, "text_mask": np.ones_like(text, bool), "images": BATCH["images"]}
+    objective = build_objective(
+        LLAVA | {"pruning": {"layer": 1, "keep": 0}}, {"name": "next_token", "max_new_tokens": 3}
+    )
+    model = objective.model
+    generated = objective.predictions["generate"]
+    images = normalize_image(batch["images"], objective.image_mean, objective.image_std)
+    x = model.apply({"params": params}, text, images, method="embed")
+    decoder, visual = model.language_model, text == IMAGE
+    prompt = Prompt(embeddings=x, mask=batch["text_mask"], visual=visual)
+    expected = generate(decoder, params["language_model"], prompt, max_new_tokens=3)
+    np.testing.assert_array_equal(generated(params, {}, batch), expected.tokens)
+    assert expected.cache.rest.capacity == expected.cache.first.capacity - 4
+    whole = llava.predictions["logits"](params, {}, batch)[:, -1]
+    pruned = start(decoder, params["language_model"], prompt, max_new_tokens=3).logits
+    assert np.abs(pruned - whole).max() > 1e-3
+    traced = str(jax.make_jaxpr(lambda b: generated(params, {}, b))(batch))
+    assert "[1,2,8,2,6]" in traced  # the later layer's cache: 9 + 3 - 4 slots
+    trained = [loss(one, params, BATCH).value() for one in (objective, llava)]
+    assert trained[0] == trained[1]  # nothing is dropped in training
 
 
 def test_text_alone_trains_and_an_image_given_to_it_is_refused():

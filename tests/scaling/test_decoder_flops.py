@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flax_vlm.models.fastv import prune
 from flax_vlm.models.language_model import build_language_model
 from flax_vlm.models.parameter_shapes import parameter_shapes
 from flax_vlm.scaling import decoder_flops
@@ -55,6 +56,30 @@ def test_reading_a_prompt_and_every_token_cost_what_is_traced(model):
     ):
         text = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
         assert traced(read, params, text, cache) == 2 * ours
+
+
+def test_a_pruned_prompt_costs_what_is_traced():
+    model = prune(build_language_model(**SIZE), 1, 4)
+    params = parameter_shapes(model)
+    cache = jax.eval_shape(lambda: model.init_cache(2, 17, visual=True))
+
+    def read(params, text, cache, visual=None):
+        x = model.apply({"params": params}, text, method="embed")
+        tokens, cache = model.apply(
+            {"params": params}, x, cache=cache, visual=visual, method="decode"
+        )
+        return model.apply({"params": params}, tokens[:, -1], method="logits")
+
+    text = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+    visual = jax.ShapeDtypeStruct((2, 9), jnp.bool)
+    prefill = traced(read, params, text, cache, visual)
+    assert prefill == 2 * decoder_flops.prefill_flops(model, 9, 17)
+    one = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    assert traced(read, params, one, cache) == 2 * decoder_flops.decode_flops(model, 17)
+    plain = build_language_model(**SIZE)
+    assert prefill < 2 * decoder_flops.prefill_flops(plain, 9, 17)
+    stores = [getattr(part, name) for part in (cache.first, cache.rest) for name in "kv"]
+    assert decoder_flops.cache_bytes(model, 2, 17) == num_bytes(stores)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", None])

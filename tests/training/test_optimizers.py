@@ -25,7 +25,7 @@ def update(spec, params=PARAMS, grads=GRADS, steps=1):
     return params
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
 def test_every_optimizer_moves_against_the_gradient(name):
     new = update({"name": name, "lr": 0.01}, steps=2)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a < b)), new, PARAMS)))
@@ -94,6 +94,35 @@ def test_adafactor_keeps_factored_moments_and_bfloat16_momentum():
     leaves = jax.tree.leaves(optimizer.transform.init({"w": jnp.ones((256, 128))}))
     second = [x.size for x in leaves if x.dtype == jnp.float32]
     assert sum(second) < 256 + 128 + 8 and any(x.dtype == jnp.bfloat16 for x in leaves)
+
+
+def test_muon_makes_kernels_of_blocks_orthogonal_and_leaves_the_rest_to_adam():
+    shapes = {  # layers first; heads go out of q and come into o
+        "encoder/blocks/attention/q/kernel": (2, 6, 3, 4),
+        "encoder/blocks/attention/o/kernel": (2, 3, 4, 6),
+        "encoder/blocks/mlp/fc1/kernel": (2, 6, 20),
+        "encoder/blocks/mlp/fc1/bias": (2, 20),
+        "patches/kernel": (4, 4, 3, 6),
+    }
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {p: jax.random.normal(k, s) for k, (p, s) in zip(keys, shapes.items(), strict=True)}
+    tree = trees.unflatten(grads)
+    optimizer = build_optimizer({"name": "muon", "lr": 1.0, "rms": 0.5}, 10, list(shapes))
+    change, _ = optimizer.transform.update(tree, optimizer.transform.init(tree), tree)
+    change = trees.named_leaves(change)
+    for path, (rows, columns) in zip(shapes, [(6, 12), (12, 6), (6, 20)], strict=False):
+        expected = []
+        for layer in np.asarray(grads[path]).reshape(2, rows, columns):
+            left, _, right = np.linalg.svd(layer, full_matrices=False)
+            expected.append(-left @ right * 0.5 * max(rows, columns) ** 0.5)
+        found = np.asarray(change[path]).reshape(2, rows, columns)
+        # Newton and Schulz bring singular values near one, to within 0.7 .. 1.2
+        scale = np.sum(found * expected) / np.sum(np.square(expected))
+        assert 0.7 < scale < 1.2, path
+        cosine = np.sum(found * expected) / np.linalg.norm(found) / np.linalg.norm(expected)
+        assert cosine > 0.97, path
+    for path in ("encoder/blocks/mlp/fc1/bias", "patches/kernel"):
+        np.testing.assert_allclose(change[path], -np.sign(grads[path]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
