@@ -12,6 +12,7 @@ import flax_vlm
 from configs import llava_finetune, siglip_finetune
 from flax_vlm import trees
 from flax_vlm.convert import loading
+from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.experiment import Experiment
 from flax_vlm.nn.positions import resize_positions
 from flax_vlm.program import Program
@@ -79,6 +80,8 @@ def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, 
     (tmp_path / "hf").mkdir()
     folder = test_generate.write(tmp_path / "hf", test_generate.LLAVA, "llava")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    # as language models have it: nothing is put around a text
+    TextRecipe(test_generate.TOKENIZER, 400, uses_mask=True, chat=True).save(folder)
     padded = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **CROP}
     (folder / "preprocessor_config.json").write_text(json.dumps(padded))
     config = llava_finetune.get_config(str(folder))
@@ -92,7 +95,7 @@ def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, 
     run = Experiment.from_config(config)
     row = run.train_data.preprocess(run.train_data.source[0], np.random.default_rng(0))
     text = run.tokenizer._chat.decode(row["text"][row["text_mask"]], skip_special_tokens=False)
-    assert text.startswith("<bos>USER: " + "<image>" * 4 + "\n") and "ASSISTANT: " in text
+    assert text.startswith("USER: " + "<image>" * 4 + "\n") and "ASSISTANT: " in text
     stops = [run.tokenizer.eos_id, run.tokenizer.id_of("<|im_end|>")]
     assert list(run.config["objective"]["stop_ids"]) == stops
     run.train(tmp_path / "run", show_progress=False)
