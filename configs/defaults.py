@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
                 "eval_ops": (),
                 "max_broken_share": 0.01,  # of images that may be unreadable before the run stops
                 "text": {
-                    "tokenizer": "bpe",  # bpe, byte; file or pretrained, with a path
+                    "tokenizer": "bpe",  # bpe, byte; file, pretrained or chat, with a path
                     "path": "",
                     "options": ConfigDict(),  # where bpe is trained on another choice of the source
                     "vocab_size": 512,

@@ -47,7 +47,7 @@ def get_config(data: str = "llava.json,images"):
         {"name": "resize", "size": 336, "kind": "bicubic"},
     )
     config.data.eval_ops = config.data.train_ops
-    config.data.text.tokenizer = "pretrained"
+    config.data.text.tokenizer = "chat"
     config.data.text.path = START
     config.data.text.length = 2048
     config.model = {

@@ -12,7 +12,7 @@ else is frozen. `flax_vlm.load(workdir)` merges them, `save_pretrained` writes t
 transformers.
 
 Not trained to the end by us: there is no hub where it was written. A tiny folder of transformers
-goes through it in the tests, by notebooks/03_ask_about_images.ipynb.
+goes through it in the tests.
 """
 
 from configs.defaults import defaults, sealed
@@ -34,7 +34,7 @@ def get_config(start="llava-hf/llava-1.5-7b-hf"):
     config.data.image_size = found["model"]["image"]["image_size"]
     config.data.train_ops = found["data"]["eval_ops"]
     config.data.eval_ops = found["data"]["eval_ops"]
-    config.data.text.tokenizer = "pretrained"
+    config.data.text.tokenizer = "chat"
     config.data.text.path = start
     config.data.text.length = min(1024, found["model"]["language_model"]["length"])
     config.model = found["model"]

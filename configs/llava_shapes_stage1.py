@@ -65,6 +65,7 @@ def get_config(variant: str = "mlp"):
         "connector": CONNECTORS.get(variant, CONNECTORS["mlp"]),
         "language_model": decoder,
         "image_token_id": 2,  # behind <pad> and <eos>
+        "feature_layer": tower["depth"],  # in front of the final norm, as transformers has it
     }
     if variant == "blind":
         config.model = {"name": "language_model", **decoder}

@@ -230,14 +230,24 @@ def from_original(config: Config) -> dict[str, Any]:
 
 
 def write(model_type: str, model: nn.Module) -> dict[str, Any]:
-    """Returns config.json, for a projector of two layers and no compression: transformers has none
-    else.
+    """Returns config.json.
+
+    Raises:
+        ValueError: for what transformers has not: another connector than a projector of two layers,
+            fewer visual tokens, features behind the encoder's final norm.
     """
-    if not isinstance(model.connector, MlpConnector):
-        raise ValueError(f"the connector must be mlp, got {type(model.connector).__name__}")
     kind, decoder = KINDS[model_type], model.language_model
     depth = model.image.depth
-    layer = depth if model.feature_layer is None else model.feature_layer
+    if not isinstance(model.connector, MlpConnector):
+        raise ValueError(f"the connector must be mlp, got {type(model.connector).__name__}")
+    if model.compression is not None:
+        found = type(model.compression).__name__
+        raise ValueError(f"every patch must be a visual token, got the compression {found}")
+    if model.feature_layer is None:
+        raise ValueError(
+            f"features must be taken in front of the encoder's final norm, got feature_layer None, "
+            f"which takes them behind it; train with feature_layer={depth}"
+        )
     text = {**write_text(kind_of_text(decoder), decoder), "model_type": kind_of_text(decoder)}
     full = model.keep_prefix or not model.image.class_token
     return dict(
@@ -247,7 +257,7 @@ def write(model_type: str, model: nn.Module) -> dict[str, Any]:
         image_token_index=model.image_token_id,
         image_seq_length=model.tokens_per_image,
         projector_hidden_act=write_activation(model.connector.activation),
-        vision_feature_layer=layer - depth - 1,
+        vision_feature_layer=model.feature_layer - depth - 1,
         vision_feature_select_strategy="full" if full else "default",
         tie_word_embeddings=decoder.tied,
     )

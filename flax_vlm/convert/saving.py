@@ -66,7 +66,8 @@ def find_family(model: nn.Module, shapes: Any) -> tuple[str, dict[str, Any]]:
     """
     leaves = {path: tuple(leaf.shape) for path, leaf in named_leaves(shapes).items()}
     failures = []
-    for model_type, family in FAMILIES.items():
+    families = {key: f for key, f in FAMILIES.items() if type(model) in f.models}
+    for model_type, family in families.items():
         try:
             config = write_config(model_type, family, model, leaves)
         except ValueError as error:

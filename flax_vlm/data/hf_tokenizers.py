@@ -44,16 +44,19 @@ class TextRecipe:
         tokenizer: texts -> ids.
         length: L that the checkpoint was trained with.
         uses_mask: the text encoder does not see padding; SigLIP's does.
+        chat: texts are conversations, whose template writes begin and end tokens out.
     """
 
     tokenizer: Tokenizer
     length: int
     uses_mask: bool
+    chat: bool = False
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-        transformers 4 and 5 read them with the class for any tokenizer.json.
+        transformers 4 and 5 read them with the class for any tokenizer.json. Of conversations it
+        puts nothing around a text and pads on the left, for prompts.
         """
         folder, inner = pathlib.Path(folder), self.tokenizer
         ids = {"pad_token": inner.pad_id, "eos_token": inner.eos_id, "bos_token": inner.bos_id}
@@ -62,13 +65,15 @@ class TextRecipe:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.length,
-            "padding_side": "right",
+            "padding_side": "left" if self.chat else "right",
             "model_input_names": names,
             "clean_up_tokenization_spaces": False,
             **special,
         }
-        inner.save(folder / FILE)
-        for name, content in ((CONFIG, config), (SPECIAL, special)):
+        file = json.loads(inner.to_json())
+        if self.chat:
+            file["post_processor"] = None
+        for name, content in ((FILE, file), (CONFIG, config), (SPECIAL, special)):
             unfinished = folder / f"{name}.part"
             unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
             os.replace(unfinished, folder / name)
@@ -152,7 +157,18 @@ def load_chat_tokenizer(folder: str | os.PathLike) -> TextRecipe:
     _set_ends(tokenizer, bos, eos, folder)
     _set_padding(tokenizer, pad or eos, folder)
     length = _length(folder, config, None)
-    return TextRecipe(Tokenizer(tokenizer.to_str()), length, uses_mask=True)
+    return TextRecipe(Tokenizer(tokenizer.to_str()), length, uses_mask=True, chat=True)
+
+
+def begin_token(folder: str | os.PathLike) -> str | None:
+    """Returns the begin token if transformers puts it in front of texts, None if it does not."""
+    folder = pathlib.Path(folder)
+    config = {**read_json(folder, SPECIAL), **read_json(folder, CONFIG)}
+    bos = _content(config.get("bos_token"))
+    if bos is None or not (folder / FILE).is_file():
+        return None
+    tokenizer = _from_json(folder)
+    return bos if tokenizer.encode("").ids[:1] == [tokenizer.token_to_id(bos)] else None
 
 
 def _class_name(folder: pathlib.Path, config: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flax_vlm.data.chat_templates import IMAGE_MARKER, Conversation, Rendered, check_turns
 from flax_vlm.data.hf_files import read_json
+from flax_vlm.data.hf_tokenizers import begin_token
 
 # files that hold one, the first that is there: (name, its key; None is the whole file)
 FILES = (
@@ -32,6 +33,8 @@ FILES = (
     ("processor_config.json", "chat_template"),
     ("tokenizer_config.json", "chat_template"),
 )
+# how those that we write begin (jinja_writer.py): they take contents as texts, too
+WRITTEN_HERE = "{#- flax_vlm: contents are texts with image markers, or parts -#}\n"
 # templates that read contents in parts: [{"type": "image"}, {"type": "text", "text": ...}]
 _IN_PARTS = re.compile(r"\[['\"]type['\"]\]|\.type\b")
 
@@ -83,7 +86,7 @@ class JinjaTemplate:
 
     def _text(self, turns: Conversation, bos: str, eos: str, **options: Any) -> str:
         given = turns
-        if _IN_PARTS.search(self.source):
+        if _IN_PARTS.search(self.source) and not self.source.startswith(WRITTEN_HERE):
             given = [{**turn, "content": _parts(turn["content"])} for turn in turns]
         tokens = {"bos_token": bos, "eos_token": eos}
         try:
@@ -121,6 +124,9 @@ def _compiled(source: str) -> jinja2.Template:
 def load_template(folder: pathlib.Path) -> JinjaTemplate | None:
     """Returns the template of a checkpoint folder, None if it has none.
 
+    The processor of a model that sees leaves the begin token to the tokenizer (LLaVA 1.5's template
+    has none): then it is written in front here, where the tokenizer adds nothing.
+
     Raises:
         ValueError: if a file cannot be read.
     """
@@ -132,5 +138,12 @@ def load_template(folder: pathlib.Path) -> JinjaTemplate | None:
         if isinstance(source, list):  # several, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if source:
+            begin = begin_token(folder) if _sees(folder) else None
+            if begin is not None and begin not in source and "bos_token" not in source:
+                source = "{{ bos_token }}" + source
             return JinjaTemplate(source, f"the chat template in {folder / file}")
     return None
+
+
+def _sees(folder: pathlib.Path) -> bool:
+    return bool({"vision_config", "mm_vision_tower"} & read_json(folder, "config.json").keys())

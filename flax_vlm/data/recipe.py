@@ -9,7 +9,7 @@ from typing import Any
 from flax_vlm.build import build, lookup
 from flax_vlm.data.chat_templates import TEMPLATES
 from flax_vlm.data.conversations import ConversationPreprocess
-from flax_vlm.data.hf_tokenizers import load_tokenizer
+from flax_vlm.data.hf_tokenizers import load_chat_tokenizer, load_tokenizer
 from flax_vlm.data.images import IMAGE_OPS, pair
 from flax_vlm.data.jinja_templates import JinjaTemplate, load_template
 from flax_vlm.data.packing import PackedPreprocess
@@ -27,8 +27,9 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
 
     Args:
         text: `data.text`: tokenizer "bpe" (trained on the captions), "byte", "file" (`path` of a
-            tokenizer.json) or "pretrained" (`path` of a checkpoint folder in the Hugging Face
-            format, or a hub id); vocab_size, lower, bos, special.
+            tokenizer.json), "pretrained" (`path` of a checkpoint folder in the Hugging Face format,
+            or a hub id; of captions) or "chat" (the same, of a language model); vocab_size, lower,
+            bos, special.
         source: opens the source of captions; called only where one is trained.
 
     Raises:
@@ -50,8 +51,12 @@ def build_tokenizer(text: Mapping[str, Any], source: Callable[[], Source]) -> To
     def pretrained(path: str) -> Tokenizer:
         return load_tokenizer(find_folder(path)).tokenizer
 
-    table = {"bpe": bpe, "byte": byte, "file": file, "pretrained": pretrained}
-    has_path = text["tokenizer"] in ("file", "pretrained")
+    def chat(path: str) -> Tokenizer:
+        return load_chat_tokenizer(find_folder(path)).tokenizer
+
+    from_path = {"file": file, "pretrained": pretrained, "chat": chat}
+    table = {"bpe": bpe, "byte": byte, **from_path}
+    has_path = text["tokenizer"] in from_path
     keys = ("path",) if has_path else ("vocab_size", "lower", "bos", "special")
     spec = {"name": text["tokenizer"], **{key: text[key] for key in keys}}
     return build(table, spec, "data.text.tokenizer")

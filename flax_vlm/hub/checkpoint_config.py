@@ -76,6 +76,7 @@ def checkpoint_config(source: str | os.PathLike) -> dict[str, Any]:
     if objective["name"] == "next_token":
         data |= {"rows": "conversations", "chat": {"template": _chat_template(folder)}}
         if text is not None:
+            data["text"]["tokenizer"] = "chat"
             ends = {"stop_ids": stop_ids(processor), "pad_id": text.tokenizer.pad_id}
             objective = {**objective, **ends}
     if recipe is not None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`flax_vlm.save_pretrained(vlm, folder)`: a folder that transformers loads.
 
-config.json, safetensors, preprocessor_config.json, tokenizer files and a model card. Nothing is
-written outside the folder, and a folder that holds something else is refused. An earlier export,
-known by its model card, is replaced: every file is written beside the old one and renamed onto it
-(never through a link), and what the new export does not have is removed last.
+config.json, safetensors, preprocessor_config.json, tokenizer files, what chat_files.py makes of a
+model that speaks, and a model card. Nothing is written outside the folder, and a folder that holds
+something else is refused. An earlier export, known by its model card, is replaced: every file is
+written beside the old one and renamed onto it (never through a link), and what the new export does
+not have is removed last.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flax_vlm.data.anyres import AnyRes
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_tokenizers import CONFIG, SPECIAL
 from flax_vlm.data.hf_tokenizers import FILE as TOKENIZER_FILE
+from flax_vlm.hub import chat_files
 from flax_vlm.hub.loaded_model import LoadedModel
 from flax_vlm.hub.model_card import CARD, is_export, model_card
 from flax_vlm.models import MODELS
@@ -60,7 +62,9 @@ def save_pretrained(
     spec = vlm.config["model"].to_dict()
     model = build(MODELS, spec, "model")
     model_type, config = find_format(model, model_type or vlm.origin.model_type)
-    images = vlm.processor.image_recipe.to_config()
+    recipe = vlm.processor.image_recipe
+    images = None if recipe is None else recipe.to_config()
+    files = chat_files.chat_files(vlm, model_type, config)
     folder.mkdir(parents=True, exist_ok=True)
     # first, so that an export that was interrupted is known as one
     write_text(folder / CARD, model_card(vlm, model_type, license))
@@ -73,8 +77,14 @@ def save_pretrained(
         max_shard_bytes=max_shard_bytes,
         extra_config=_labels(vlm) | _token_ids(vlm, config) | _tiles(vlm),
     )
-    write_json(folder / IMAGE_FILE, images)
+    for name, text in files.items():
+        write_text(folder / name, text)
     surplus = _FORMAT_FILES - {FAMILIES[model_type].config_file, FAMILIES[model_type].weights_file}
+    surplus |= set(chat_files.NAMES) - set(files)
+    if images is None:
+        surplus |= {IMAGE_FILE}
+    else:
+        write_json(folder / IMAGE_FILE, images)
     if vlm.processor.text_recipe is None:
         surplus |= set(_TOKENIZER_FILES)
     else:

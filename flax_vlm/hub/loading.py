@@ -52,6 +52,9 @@ DTYPE_PARTS = {
     "llava": ("image", "language_model"),
 }
 
+# which of transformers' classes does an operation, for an export; the first that is there
+_PROCESSORS = {"pad_to_square": "LlavaImageProcessor", "center_crop": "CLIPImageProcessor"}
+
 
 def load(
     source: str | os.PathLike,
@@ -168,10 +171,9 @@ def _run_processor(
 ) -> Processor:
     data = config["data"]
     ops = tuple(data["eval_ops"])
-    cropped = any(op["name"] == "center_crop" for op in ops)
+    names = {op["name"] for op in ops}
     recipe = ImageRecipe(
-        # which of transformers' classes does these operations, for an export
-        processor="CLIPImageProcessor" if cropped else "SiglipImageProcessor",
+        processor=next((c for op, c in _PROCESSORS.items() if op in names), "SiglipImageProcessor"),
         ops=ops,
         image_size=pair(data["image_size"]),
         mean=tuple(objective.image_mean),
@@ -179,7 +181,7 @@ def _run_processor(
     )
     if isinstance(objective, NextToken):
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        text = TextRecipe(tokenizer, data["text"]["length"], uses_mask=True)
+        text = TextRecipe(tokenizer, data["text"]["length"], uses_mask=True, chat=True)
         return Processor(recipe if objective.sees else None, text)
     if not hasattr(objective.model, "text"):
         return Processor(recipe, None)

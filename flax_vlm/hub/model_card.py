@@ -12,8 +12,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import linen as nn
+
 from flax_vlm import __version__, trees
 from flax_vlm.hub.loaded_model import LoadedModel
+from flax_vlm.models.language_model import LanguageModel
+from flax_vlm.models.llava import Llava
 from flax_vlm.models.naflex import NaFlexVisionTransformer
 from flax_vlm.models.two_towers import TwoTowers
 from flax_vlm.models.vit import ViTClassifier
@@ -34,7 +38,7 @@ _RECIPE = (
     "init",
     "lora",
 ) + ("objective", "optimizer")
-_DATA = ("name", "split", "options", "image_size", "train_ops", "eval_ops", "text")
+_DATA = ("name", "split", "options", "rows", "image_size", "train_ops", "eval_ops", "text")
 
 
 # model_type of formats that transformers does not read
@@ -81,9 +85,18 @@ def front_matter(vlm: LoadedModel, model_type: str, license: str | None) -> str:
 
 
 def _task(vlm: LoadedModel) -> str:
-    if isinstance(vlm.model, TwoTowers):
-        return "zero-shot-image-classification"
+    for kind, task in _TASKS.items():
+        if isinstance(vlm.model, kind):
+            return task
     return "image-classification" if _is_classifier(vlm) else "image-feature-extraction"
+
+
+# class of a model: its task on the hub; all others are encoders
+_TASKS = {
+    TwoTowers: "zero-shot-image-classification",
+    Llava: "image-text-to-text",
+    LanguageModel: "text-generation",
+}
 
 
 def _is_classifier(vlm: LoadedModel) -> bool:
@@ -96,24 +109,32 @@ def _public(name: str) -> str:
 
 
 def _description(vlm: LoadedModel) -> str:
-    tower = getattr(vlm.model, "image", vlm.model)
-    height, width = as_pair(tower.image_size)
     count = trees.num_parameters(vlm.params)
+    lines = [f"A {type(vlm.model).__name__} with {count:,} parameters."]
+    if not isinstance(vlm.model, LanguageModel):
+        lines.append(_of_images(getattr(vlm.model, "image", vlm.model)))
+    decoder = getattr(vlm.model, "language_model", None)
+    parts = {"text tower": getattr(vlm.model, "text", None), "language model": decoder}
+    if isinstance(vlm.model, LanguageModel):
+        parts["language model"] = vlm.model
+    for name, part in parts.items():
+        if part is not None:
+            lines.append(
+                f"Its {name} has width {part.width}, {part.depth} layers, {part.vocab_size:,} "
+                f"tokens and a context of {part.length}."
+            )
+    return "\n".join([*lines, f"Written by flax_vlm {__version__}.", ""])
+
+
+def _of_images(tower: nn.Module) -> str:
+    height, width = as_pair(tower.image_size)
     size = f"images of {height} x {width} pixels"
     if isinstance(tower, NaFlexVisionTransformer):
         size = "images of any aspect ratio"
-    lines = [
-        f"A {type(vlm.model).__name__} with {count:,} parameters: {size} in patches of "
-        f"{' x '.join(map(str, as_pair(tower.patch_size)))}, width {tower.width}, "
-        f"{tower.depth} layers."
-    ]
-    if isinstance(vlm.model, TwoTowers):
-        text = vlm.model.text
-        lines.append(
-            f"Its text tower has width {text.width}, {text.depth} layers, {text.vocab_size:,} "
-            f"tokens and a context of {text.length}."
-        )
-    return "\n".join([*lines, f"Written by flax_vlm {__version__}.", ""])
+    return (
+        f"It sees {size} in patches of {' x '.join(map(str, as_pair(tower.patch_size)))}, width "
+        f"{tower.width}, {tower.depth} layers."
+    )
 
 
 _TRANSFORMERS = {
@@ -133,7 +154,27 @@ _TRANSFORMERS = {
         "model = AutoModel.from_pretrained(folder)",
         "tokens = model(**pixels).last_hidden_state",
     ),
+    "image-text-to-text": (
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "processor = AutoProcessor.from_pretrained(folder)",
+        'question = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]',
+        "inputs = processor.apply_chat_template(",
+        '    [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True,',
+        '    return_dict=True, return_tensors="pt")',
+        "model = AutoModelForImageTextToText.from_pretrained(folder)",
+        "answer = processor.decode(model.generate(**inputs, max_new_tokens=64)[0])",
+    ),
+    "text-generation": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "inputs = tokenizer.apply_chat_template(",
+        '    [{"role": "user", "content": "Hello"}], add_generation_prompt=True,',
+        '    return_dict=True, return_tensors="pt")',
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        "answer = tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0])",
+    ),
 }
+_PIXELS = 'pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")'
 
 
 def _use(vlm: LoadedModel, model_type: str) -> str:
@@ -141,8 +182,8 @@ def _use(vlm: LoadedModel, model_type: str) -> str:
     lines = ["## Use", "", *_code(ours)]
     if model_type not in _OTHER_LIBRARIES:
         head, *rest = _TRANSFORMERS[_task(vlm)]
-        pixels = 'pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")'
-        lines += ["or with torch:", "", *_code([head, "", pixels, *rest])]
+        pixels = [_PIXELS] if "AutoImageProcessor" in head else []
+        lines += ["or with torch:", "", *_code([head, "", *pixels, *rest])]
     return "\n".join(lines)
 
 
@@ -153,7 +194,12 @@ def _code(lines: Sequence[str]) -> list[str]:
 def _training(vlm: LoadedModel) -> str:
     config = vlm.config.to_dict()
     data = {key: config["data"][key] for key in _DATA if config["data"].get(key)}
+    if data.get("rows", "captions") != "captions":
+        data["chat"] = config["data"]["chat"]
     recipe = {key: config[key] for key in _RECIPE if config.get(key)}
+    for node, key in ((recipe, "init_from"), (data.get("text", {}), "path")):
+        if node.get(key):
+            node[key] = _public(node[key])
     return "\n".join(
         [
             "## Data\n",

@@ -17,7 +17,7 @@ from flax_vlm.convert.resolution import with_image_size
 from flax_vlm.convert.rules import Ignored
 from flax_vlm.convert.safetensors_files import list_tensors, read_tensor
 from flax_vlm.convert.safetensors_writer import write_tensors
-from flax_vlm.convert.saving import save_pretrained
+from flax_vlm.convert.saving import find_format, save_pretrained
 from flax_vlm.models import MODELS
 from flax_vlm.models.parameter_shapes import parameter_shapes
 from flax_vlm.training.sharding import make_mesh, parameter_shardings
@@ -238,12 +238,33 @@ def test_a_folder_or_config_that_is_none_is_refused(tmp_path):
         load_pretrained(tmp_path)
 
 
+DECODER = {"vocab_size": 20, "width": 8, "depth": 1, "mlp_dim": 16, "num_heads": 2}
+TALKER = {
+    "name": "llava",
+    "image": dict(name="vit", **TOWER, image_size=8, patch_size=4, pool="gap"),
+    "connector": {"name": "mlp"},
+    "language_model": {**DECODER, "num_kv_heads": 1},
+    "image_token_id": 2,
+    "feature_layer": 2,
+}
 UNWRITABLE = {
     "mean pooling": (dict(VIT, pool="gap", class_token=True), "pooling: 'gap', 'cls'"),
     "rotary": (dict(VIT, rotary_grid=(2, 2)), r"rotary_grid: \(2, 2\), None"),
     "masked padding": (
         {**SIGLIP, "text": dict(SIGLIP["text"], mask_padding=True)},
         "text.mask_padding: True, False",
+    ),
+    "a resampler": (
+        {**TALKER, "connector": {"name": "resampler", "resampler": {"num_latents": 2}}},
+        "llava: the connector must be mlp, got ResamplerConnector",
+    ),
+    "fewer visual tokens": (
+        {**TALKER, "compression": {"name": "average_pool"}},
+        "llava: every patch must be a visual token, got the compression AveragePool",
+    ),
+    "features behind the norm": (
+        {**TALKER, "feature_layer": None},
+        "llava: features .*feature_layer None.*train with feature_layer=2",
     ),
     "a projection of the image": ({**SIGLIP, "embed_dim": 10}, "none for .*image/head"),
 }
@@ -255,6 +276,14 @@ def test_a_model_that_no_format_holds_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"(?s)no supported format holds this.*{message}"):
         save_pretrained(tmp_path, spec, random_params(spec))
     assert not list(tmp_path.iterdir())
+
+
+def test_only_the_formats_of_such_a_model_give_their_reasons():
+    spec = {**TALKER, "feature_layer": None}
+    with pytest.raises(ValueError) as error:
+        find_format(build(MODELS, spec, "model"), None)
+    reasons = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert "llava" in reasons and "siglip" not in reasons and "llama" not in reasons
 
 
 def test_parameters_of_another_model_are_not_written(tmp_path):

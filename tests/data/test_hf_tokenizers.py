@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from flax_vlm.data.hf_tokenizers import TextRecipe, load_tokenizer
+from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
 from flax_vlm.data.recipe import build_tokenizer
 from flax_vlm.data.sentencepiece_model import read_sentencepiece
 from flax_vlm.data.text import Tokenizer, train_bpe
@@ -174,6 +174,20 @@ def test_writing_and_reading_again_changes_nothing(family, tmp_path):
     assert Tokenizer.load(out) == recipe.tokenizer
     special = json.loads((out / "special_tokens_map.json").read_text())
     assert special["eos_token"] == recipe.tokenizer.token(recipe.tokenizer.eos_id)
+
+
+def test_the_tokenizer_of_conversations_puts_nothing_around_a_text(tmp_path):
+    trained = train_bpe(["ab"] * 9, vocab_size=300, bos=True, special=("<image>",))
+    TextRecipe(trained, 9, uses_mask=True, chat=True).save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("<bos>ab<image>").ids == trained.encode_chat("<bos>ab<image>")[0]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["padding_side"] == "left", "prompts end where answers begin"
+    text = {"tokenizer": "chat", "path": str(tmp_path)}
+    again = build_tokenizer(text, source=None)
+    assert again == load_chat_tokenizer(tmp_path).tokenizer
+    for name in ("pad_id", "eos_id", "bos_id", "vocab_size"):
+        assert getattr(again, name) == getattr(trained, name)
 
 
 def test_a_config_names_a_checkpoint_folder(tmp_path):

@@ -6,7 +6,9 @@ import json
 import pytest
 
 from flax_vlm.data.chat_templates import TEMPLATES, render
+from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.data.jinja_templates import JinjaTemplate, load_template
+from flax_vlm.data.text import byte_level
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
@@ -95,3 +97,15 @@ def test_the_first_file_with_a_template_is_read(tmp_path):
     assert load_template(tmp_path).source == CHATML
     assert "chat_template.jinja" in load_template(tmp_path).name
     assert "checkpoint" not in TEMPLATES
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_language_model_alone_writes_its_begin_token_itself(sees, tmp_path):
+    trained = byte_level(bos=True)
+    TextRecipe(trained, 64, uses_mask=True).save(tmp_path)  # puts <bos> in front
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {}} if sees else {}))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert load_template(tmp_path).source == "{{ bos_token }}" * sees + CHATML
+    for written in ("<bos>", "{{ bos_token }}"):
+        (tmp_path / "chat_template.jinja").write_text(written + CHATML)
+        assert load_template(tmp_path).source == written + CHATML, "not twice"

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that starts from a checkpoint of transformers, and ends as one."""
 
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
 
 import flax_vlm
-from configs import siglip_finetune
+from configs import llava_finetune, siglip_finetune
 from flax_vlm import trees
 from flax_vlm.convert import loading
+from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.experiment import Experiment
 from flax_vlm.nn.positions import resize_positions
 from flax_vlm.program import Program
 from flax_vlm.start.sources import open_source
+from tests.data.test_jinja_templates import LLAVA as TEMPLATE
+from tests.hub import test_generate
 from tests.hub.folders import IMAGE, SPECS, TOKENIZER, write_folder
 
 
@@ -65,6 +71,46 @@ def test_the_recipe_fine_tunes_a_checkpoint_and_exports_it_again(folders, data_d
     again = flax_vlm.load(tmp_path / "out")
     image = np.arange(64, dtype=np.uint8).reshape(8, 8)
     np.testing.assert_allclose(again.embed_image([image]), vlm.embed_image([image]), atol=1e-6)
+
+
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+
+def test_a_llava_is_fine_tuned_in_its_own_template_and_exported_again(data_dir, tmp_path):
+    (tmp_path / "hf").mkdir()
+    folder = test_generate.write(tmp_path / "hf", test_generate.LLAVA, "llava")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    # as language models have it: nothing is put around a text
+    TextRecipe(test_generate.TOKENIZER, 400, uses_mask=True, chat=True).save(folder)
+    padded = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **CROP}
+    (folder / "preprocessor_config.json").write_text(json.dumps(padded))
+    config = llava_finetune.get_config(str(folder))
+    config.unlock()
+    config.steps, config.batch_size, config.checkpoint.every = 2, 8, 2
+    config.optimizer.schedule = {"name": "constant"}
+    config.data.dir, config.evals.test.data.options.test_size = data_dir, 8
+    config.evals.test.update({"batch_size": 8, "num_pictures": 0})  # its letters have no glyphs
+    config.objective.max_new_tokens, config.data.text.length = 4, 200
+    config.data.options.turns = 1
+    run = Experiment.from_config(config)
+    row = run.train_data.preprocess(run.train_data.source[0], np.random.default_rng(0))
+    text = run.tokenizer._chat.decode(row["text"][row["text_mask"]], skip_special_tokens=False)
+    assert text.startswith("USER: " + "<image>" * 4 + "\n") and "ASSISTANT: " in text
+    stops = [run.tokenizer.eos_id, run.tokenizer.id_of("<|im_end|>")]
+    assert list(run.config["objective"]["stop_ids"]) == stops
+    run.train(tmp_path / "run", show_progress=False)
+    tuned, before = flax_vlm.load(tmp_path / "run"), flax_vlm.load(folder)
+    old = trees.named_leaves(jax.device_get(before.params))
+    for path, leaf in trees.named_leaves(jax.device_get(tuned.params)).items():
+        learns = re.fullmatch("connector/.*|language_model/.*/attention/[qkvo]/kernel", path)
+        assert np.array_equal(leaf, old[path]) != bool(learns), path
+    assert tuned.origin.results["test/examples"] == 8
+    tuned.save_pretrained(tmp_path / "out")
+    again = flax_vlm.load(tmp_path / "out")
+    assert again.processor.image_recipe == before.processor.image_recipe, "padded to squares"
+    image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    asked = [image], ["What?"], 5
+    assert again.generate(*asked) == tuned.generate(*asked)
 
 
 def test_positions_are_resampled_and_all_else_is_the_checkpoint(folders):

@@ -13,7 +13,10 @@ from flax_vlm.program import Program, example_batch
 from flax_vlm.training import sharding
 from tests.integration.conftest import ROOT
 
-NEEDS_THE_HUB = {"siglip_finetune"}  # tests/hub/test_finetune.py builds it from a folder
+NEEDS_THE_HUB = {
+    "siglip_finetune",
+    "llava_finetune",
+}  # tests/hub/test_finetune.py: from folders
 NAMES = sorted(
     {p.stem for p in (ROOT / "configs").glob("*.py") if "def get_config(" in p.read_text()}
     - NEEDS_THE_HUB

@@ -18,6 +18,7 @@ def small(config, folder):
     config.mesh.data = 1
     config.data.dir, config.data.options.train_size = str(folder / "data"), 64
     config.model.image.update({**SMALL, "mlp_dim": 32})
+    config.model.feature_layer = SMALL["depth"]
     config.model.language_model.update({**SMALL, "mlp_dim": 32, "num_kv_heads": 1})
     config.evals = {}
     return config

@@ -1,11 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our table of chat templates against the jinja templates of the checkpoints, by transformers."""
 
-import pytest
-from transformers import PreTrainedTokenizerFast
+import json
 
-from flax_vlm.data.chat_templates import render
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from flax_vlm.data.chat_templates import TEMPLATES, render
+from flax_vlm.data.conversations import ConversationPreprocess
+from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer
+from flax_vlm.data.jinja_templates import load_template
+from flax_vlm.data.jinja_writer import jinja_source
 from flax_vlm.data.text import byte_level
+from tests.data.test_jinja_templates import LLAVA
 
 USER = [
     {"role": "user", "content": "<image>\nHow many things?  "},
@@ -69,3 +84,70 @@ def test_texts_and_prompts_are_those_of_the_checkpoints_own_template(template, s
     given["conversation"] = [*given["conversation"], ANSWER]
     whole = theirs.apply_chat_template(**given)
     assert render([*turns, ANSWER], template, **ends).text == whole
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_a_written_template_gives_transformers_the_token_ids_that_we_train_on(
+    template, system, tmp_path
+):
+    t = TEMPLATES[template]
+    if system and t.system is None and t.first_user is None:
+        pytest.raises(ValueError, render, [SYSTEM, *USER], template)
+        return
+    ours = byte_level(bos=True, special=("<image>", "<|im_start|>", "<|im_end|>"))
+    TextRecipe(ours, 64, uses_mask=True, chat=True).save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(jinja_source(template))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [SYSTEM, *USER] if system else USER
+    for given, prompt in ((turns, True), ([*turns, ANSWER], False)):
+        ends = {name: ours.special(name) for name in ("bos", "eos")}
+        ids, _ = ours.encode_chat(render(given, template, prompt=prompt, **ends).text)
+        found = theirs.apply_chat_template(given, add_generation_prompt=prompt, return_dict=True)
+        assert found["input_ids"] == ids
+        # as processors take contents
+        parts = [{**turn, "content": in_parts(turn["content"])} for turn in given]
+        found = theirs.apply_chat_template(parts, add_generation_prompt=prompt, return_dict=True)
+        assert found["input_ids"] == ids
+
+
+def in_parts(content):
+    before, marker, after = content.rpartition("<image>\n")
+    return [{"type": "image"}] * bool(marker) + [{"type": "text", "text": before + after}]
+
+
+@pytest.mark.parametrize("begins", ["tokenizer", "template", "neither"])
+def test_prompts_of_a_llava_begin_as_its_processor_has_them(begins, tmp_path):
+    inner = Tokenizer.from_str(byte_level(bos=True, special=("<image>",)).to_json())
+    inner.no_padding()
+    inner.post_processor = None
+    if begins != "neither":
+        inner.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **special}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": {}}))
+    source = "{{ bos_token }}" * (begins == "template") + LLAVA
+    (tmp_path / "chat_template.jinja").write_text(source)
+    theirs = LlavaProcessor(
+        CLIPImageProcessorPil(),
+        AutoTokenizer.from_pretrained(tmp_path),
+        patch_size=112,
+        vision_feature_select_strategy="full",
+        chat_template=source,
+    )
+    image = Image.new("RGB", (8, 8))
+    turn = {
+        "role": "user",
+        "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}],
+    }
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+    [wanted] = theirs.apply_chat_template([[turn]], **options)["input_ids"]
+    ours = ConversationPreprocess(
+        (), (8, 8), load_chat_tokenizer(tmp_path).tokenizer, 0, load_template(tmp_path), 4,
+        prompts=True,
+    )  # fmt: skip
+    example = {"images": [image], "conversation": [{"role": "user", "content": "<image>\nWhat?"}]}
+    assert ours.tokens(example)[0] == list(wanted)
+    assert (wanted[0] == 2) == (begins != "neither")
