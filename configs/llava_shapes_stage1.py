@@ -6,16 +6,22 @@
 
 LLaVA starts from a CLIP and a language model and trains nothing but the connector here. Nothing is
 pretrained in this repository, so the image encoder and the language model learn their trade from
-the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. The argument chooses the
-connector: "mlp" (LLaVA-1.5) or "resampler" (Flamingo's Perceiver Resampler, 8 latents); "blind" is
-the same recipe without images, for comparison.
+the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. A caption here lists all
+things with their places, from left to right: little is left to chance, so much is learnt from each.
+After 500 steps Muon had a loss of 0.34 where AdamW had 0.52, and 0.61 without a mean that is the
+pictures' background.
+
+The argument chooses the connector: "mlp" (LLaVA-1.5) or "resampler" (Flamingo's Perceiver
+Resampler, 8 latents); "blind" is the same recipe without images, for comparison.
 
 Result: see configs/llava_shapes_stage2.py, which goes on from here.
 """
 
 from configs.defaults import defaults, sealed
+from flax_vlm.data.instructions import KINDS
+from flax_vlm.data.shapes_world import BACKGROUND
 
-SIZE = 32  # pixels
+SIZE = 48  # pixels
 VOCABULARY = 512
 CONNECTORS = {
     "mlp": {"name": "mlp"},
@@ -33,32 +39,34 @@ def get_config(variant: str = "mlp"):
         variant: a key of CONNECTORS, or "blind".
     """
     config = defaults()
-    config.steps = 2400
+    config.steps = 1100
     config.batch_size = 32
     config.log_every = 50
-    config.checkpoint.every = 1200
+    config.checkpoint.every = 1100
     config.data.name = "instructions"
-    config.data.options = {"image_size": SIZE, "kinds": ("description", "digit"), "turns": 1}
+    config.data.options = {"image_size": SIZE, "kinds": ("detail", "digit"), "turns": 1}
     config.data.rows = "conversations"
     config.data.chat.template = "short"
     config.data.chat.blind = variant == "blind"
     config.data.image_size = SIZE
     config.data.train_ops = ({"name": "resize", "size": SIZE},)
     config.data.eval_ops = ({"name": "resize", "size": SIZE},)
-    config.data.text.length = 64
+    config.data.text.length = 84
     config.data.text.vocab_size = VOCABULARY
+    # the second stage asks: its words get tokens, too
+    config.data.text.options = {"kinds": KINDS, "turns": 2, "train_size": 4000}
     config.data.text.lower = False
     config.data.text.special = ("<image>",)
     decoder = {
         "vocab_size": VOCABULARY,
         "width": 96,
-        "depth": 3,
+        "depth": 4,
         "mlp_dim": 256,
         "num_heads": 4,
-        "num_kv_heads": 2,
-        "length": 128,
+        "length": 256,
+        "unroll": 4,
     }
-    tower = {"width": 96, "depth": 4, "mlp_dim": 384, "num_heads": 4}
+    tower = {"width": 96, "depth": 4, "mlp_dim": 384, "num_heads": 4, "unroll": 4}
     config.model = {
         "name": "llava",
         "image": {"name": "vit", "image_size": SIZE, "patch_size": 8, "pool": "gap", **tower},
@@ -69,11 +77,16 @@ def get_config(variant: str = "mlp"):
     }
     if variant == "blind":
         config.model = {"name": "language_model", **decoder}
-    config.objective = {"name": "next_token", "stop_ids": (1,), "max_new_tokens": 32}
+    config.objective = {
+        "name": "next_token",
+        "image_mean": tuple(level / 255 for level in BACKGROUND),  # empty patches are zero
+        "image_std": (0.3, 0.3, 0.3),
+        "stop_ids": (1,),
+        "max_new_tokens": 32,
+    }
     config.optimizer = {
-        "name": "adamw",
-        "lr": 2e-3,
-        "b2": 0.95,
+        "name": "muon",
+        "lr": 3e-3,
         "weight_decay": 0.05,
         "grad_clip": 1.0,
         "schedule": {"name": "warmup_cosine", "warmup": 0.05},
