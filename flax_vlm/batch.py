@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# key: (axes, dtypes). What goes to the device.
+# key: (axes, "|" between forms; dtypes). What goes to the device.
 KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "image": ("B H W C", ("uint8", "float32")),
     "images": ("B I H W C", ("uint8", "float32")),
@@ -29,7 +29,9 @@ KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text": ("B L", ("int32",)),
     "text_mask": ("B L", ("bool",)),  # True = real token
     "loss_mask": ("B L", ("bool",)),  # True = supervised
-    "visual_index": ("B L", ("int32",)),  # which visual token a placeholder in `text` stands for
+    # which visual token a placeholder in `text` stands for, or which J, summed with weights
+    "visual_index": ("B L | B L J", ("int32",)),
+    "visual_weight": ("B L J", ("float32",)),
     "segments": ("B L", ("int32",)),  # number of the text that a token belongs to, where packed
     "positions": ("B L", ("int32",)),  # of the tokens in their own texts, where packed
     "text_id": ("B", ("int32",)),  # equal for equal captions: such pairs must not be pushed apart
@@ -58,7 +60,8 @@ def check_batch(batch: Mapping[str, Any]) -> int:
                 f"unknown batch key {key!r}, the contract (flax_vlm/batch.py) has {sorted(KEYS)}"
             )
         axes, dtypes = KEYS[key]
-        names = axes.split()
+        forms = [form.split() for form in axes.split("|")]
+        names = next((form for form in forms if len(form) == len(array.shape)), forms[0])
         fits = len(names) == len(array.shape) and str(array.dtype) in dtypes
         fits = fits and all(
             sizes.setdefault(n, s) == s for n, s in zip(names, array.shape, strict=True)

@@ -162,6 +162,29 @@ def render(
     return Rendered(text, tuple(spans))
 
 
+def expand_markers(rendered: Rendered, texts: Sequence[str]) -> Rendered:
+    """Returns the text with something else in the place of every image marker.
+
+    Args:
+        rendered: with as many markers as there are texts, none of them in an answer.
+        texts: what stands there instead, in their order.
+
+    Raises:
+        ValueError: if an answer holds a marker.
+    """
+    parts = rendered.text.split(IMAGE_MARKER)
+    text, ends, spans = parts[0], [], rendered.spans
+    for part, put in zip(parts[1:], texts, strict=True):
+        ends.append(len(text))  # where the marker stood, in the text as it is now
+        text += put + part
+    for at, put in zip(ends, texts, strict=True):
+        shift = len(put) - len(IMAGE_MARKER)
+        if any(start <= at < stop for start, stop in spans):
+            raise ValueError("an answer must not hold an image marker")
+        spans = tuple((a + shift, b + shift) if a > at else (a, b) for a, b in spans)
+    return Rendered(text, spans)
+
+
 def _filled(template: ChatTemplate, bos: str, eos: str) -> ChatTemplate:
     """Returns the template with the tokenizer's own tokens in it."""
     fields = dataclasses.asdict(template)

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from flax_vlm.data.chat_templates import IMAGE_MARKER, Rendered, render
+from flax_vlm.data.chat_templates import IMAGE_MARKER, Rendered, expand_markers, render
 from flax_vlm.data.decode import REASONS, BrokenImage
 from flax_vlm.data.images import ImageOp, read_image
 from flax_vlm.data.jinja_templates import JinjaTemplate
 from flax_vlm.data.text import Tokenizer
+from flax_vlm.data.tiles import Layout, Size, row_places
 
 Row = dict[str, np.ndarray]
 
@@ -40,7 +41,9 @@ class ConversationPreprocess:
         text_length: L, visual tokens included.
         template: a key of chat_templates.TEMPLATES, or a checkpoint's own.
         tokens_per_image: visual tokens of an image.
-        num_images: I.
+        num_images: I; with a layout, tiles of all pictures of a row.
+        layout: pictures are cut into tiles, instead of `image_ops`; rows then say which visual
+            token a marker stands for. None makes one image of each.
         prompts: rows are prompts, padded on the left, that end where the last answer begins.
         blind: images and their markers are left out.
         background: RGB in 0..255, seen through transparent pixels.
@@ -56,6 +59,7 @@ class ConversationPreprocess:
     prompts: bool = False
     blind: bool = False
     background: tuple[int, int, int] = (255, 255, 255)
+    layout: Layout | None = None
 
     def __post_init__(self):
         if not self.blind and self.tokenizer.id_of(IMAGE_MARKER) is None:
@@ -73,7 +77,8 @@ class ConversationPreprocess:
 
         Returns:
             "images" [I, H, W, 3] uint8, not where the rows are blind; "text" [L] int32; "text_mask"
-            [L] bool; "loss_mask" [L] bool, not for prompts; "example_mask" [] bool, False if an
+            [L] bool; "visual_index" and "visual_weight" of a layout; "loss_mask" [L] bool, not for
+            prompts; "example_mask" [] bool, False if an
             image is broken or no answer fits; "broken" [] int8, a position in REASONS;
             "text_truncated" [] bool, answers at the end were cut off.
 
@@ -82,30 +87,45 @@ class ConversationPreprocess:
                 prompt is too long, or the image operations end with another size.
         """
         try:
-            images, reason = self._images(example, rng)
+            pictures, reason = self._pictures(example)
         except BrokenImage as error:
             return self._empty(error.reason)
-        ids, supervised = self.tokens(example)
+        sizes = [picture.shape[:2] for picture in pictures]
+        ids, supervised = self.tokens(example, sizes)
+        images = self._images(pictures, rng, _name(example))
         if self.prompts:
-            return self._prompt_row(ids, images, reason, example)
+            row = self._prompt_row(ids, images, reason, example)
+            return self._with_places(row, sizes)
         kept, supervised = fit(ids, supervised, self.text_length)
         if not any(supervised):
             return self._empty("text_too_long")
-        return self._row(kept, supervised, images, reason, len(kept) < len(ids))
+        row = self._row(kept, supervised, images, reason, len(kept) < len(ids))
+        return self._with_places(row, sizes)
 
     def padding(self) -> Row:
         """Returns a row that is no example."""
         return self._empty("ok")
 
-    def tokens(self, example: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def tokens(
+        self, example: Mapping[str, Any], sizes: Sequence[Size] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Returns the ids of an example, placeholders expanded, and for each the number of the
         answer that it belongs to, counted from 1, or 0.
+
+        Args:
+            example: see `__call__`.
+            sizes: of its pictures; None reads them where a layout asks for them.
         """
-        rendered = self.rendered(example)
+        rendered, each = self.rendered(example), self.tokens_per_image
+        if self.layout is not None and not self.blind:
+            if sizes is None:
+                sizes = [picture.shape[:2] for picture in self._pictures(example)[0]]
+            texts, each = [self.layout.text(size, len(sizes) == 1) for size in sizes], 1
+            rendered = expand_markers(rendered, texts)
         ids, offsets = self.tokenizer.encode_chat(rendered.text)
         answers = answer_of_tokens(rendered, offsets, _name(example))
         marker = self.tokenizer.id_of(IMAGE_MARKER)
-        counts = [self.tokens_per_image if index == marker else 1 for index in ids]
+        counts = [each if index == marker else 1 for index in ids]
         return np.repeat(ids, counts).tolist(), np.repeat(answers, counts).tolist()
 
     def rendered(self, example: Mapping[str, Any]) -> Rendered:
@@ -123,10 +143,11 @@ class ConversationPreprocess:
         else:
             markers = sum(turn["content"].count(IMAGE_MARKER) for turn in conversation)
             images = len(example["images"])
-            if markers != images or images > self.num_images:
+            most = self.num_images if self.layout is None else images
+            if markers != images or images > most:
                 raise ValueError(
                     f"{_name(example)} must have one {IMAGE_MARKER} per image and at most "
-                    f"{self.num_images} images, got {markers} markers and {images} images"
+                    f"{most} images, got {markers} markers and {images} images"
                 )
         tokens = {name: self.tokenizer.special(name) for name in ("bos", "eos")}
         try:
@@ -136,24 +157,56 @@ class ConversationPreprocess:
         except ValueError as error:
             raise ValueError(f"{_name(example)}: {error}") from error
 
-    def _images(
-        self, example: Mapping[str, Any], rng: np.random.Generator
-    ) -> tuple[np.ndarray, str]:
-        images = np.zeros((self.num_images, *self.image_size, 3), np.uint8)
-        reasons = ["ok"]
-        for n, source in enumerate(() if self.blind else example["images"]):
-            image, reason = read_image(source, background=tuple(self.background))
-            for op in self.image_ops:
-                image = op(image, rng)
-            if image.shape != images.shape[1:]:
-                raise ValueError(
-                    f"the image operations must end with {images.shape[1:]}, got {image.shape}; "
-                    f"end them with a resize or a crop to image_size"
-                )
-            if n < self.num_images:  # too many are an error that `rendered` raises
-                images[n] = image
+    def _pictures(self, example: Mapping[str, Any]) -> tuple[list[np.ndarray], str]:
+        """Returns the pictures as they are, and a reason if one was mended."""
+        pictures, reasons = [], ["ok"]
+        for source in () if self.blind else example["images"]:
+            picture, reason = read_image(source, background=tuple(self.background))
+            pictures.append(picture)
             reasons.append(reason)
-        return images, next((r for r in reasons if r != "ok"), "ok")
+        return pictures, next((r for r in reasons if r != "ok"), "ok")
+
+    def _images(
+        self, pictures: Sequence[np.ndarray], rng: np.random.Generator, name: str
+    ) -> np.ndarray:
+        """Returns [I, H, W, 3] uint8."""
+        made = [self._made(picture, rng, len(pictures) == 1) for picture in pictures]
+        found = np.concatenate([*made, np.zeros((0, *self.image_size, 3), np.uint8)])
+        if len(found) > self.num_images:
+            raise ValueError(
+                f"{name} has pictures of {len(found)} tiles, and rows have room for "
+                f"{self.num_images}; raise data.chat.num_images"
+            )
+        images = np.zeros((self.num_images, *self.image_size, 3), np.uint8)
+        images[: len(found)] = found
+        return images
+
+    def _made(self, picture: np.ndarray, rng: np.random.Generator, alone: bool) -> np.ndarray:
+        if self.layout is not None:
+            return self.layout.tiles(picture, alone)
+        for op in self.image_ops:
+            picture = op(picture, rng)
+        if picture.shape != (*self.image_size, 3):
+            raise ValueError(
+                f"the image operations must end with {(*self.image_size, 3)}, got "
+                f"{picture.shape}; end them with a resize or a crop to image_size"
+            )
+        return picture[None]
+
+    def _with_places(self, row: Row, sizes: Sequence[Size]) -> Row:
+        """Returns the row with "visual_index" [L] of a layout, or [L, J] and "visual_weight"."""
+        if self.layout is None or self.blind:
+            return row
+        number = self.layout.num_places
+        index = np.zeros((self.text_length, number), np.int32)
+        weight = np.zeros((self.text_length, number), np.float32)
+        here = np.flatnonzero(row["text"] == self.tokenizer.id_of(IMAGE_MARKER))
+        if len(here):
+            found = row_places(self.layout, sizes, self.num_images, self.tokens_per_image)
+            index[here], weight[here] = (x[: len(here)] for x in found)  # the text may be cut
+        if number == 1:
+            return row | {"visual_index": index[:, 0]}
+        return row | {"visual_index": index, "visual_weight": weight}
 
     def _prompt_row(
         self, ids: list[int], images: np.ndarray, reason: str, example: Mapping[str, Any]
@@ -195,7 +248,7 @@ class ConversationPreprocess:
         row = self._row([self.tokenizer.eos_id], [0], images, reason, False)
         if self.prompts:
             del row["loss_mask"]
-        return row | {"example_mask": np.bool_(False)}
+        return self._with_places(row | {"example_mask": np.bool_(False)}, ())
 
 
 def _name(example: Mapping[str, Any]) -> str:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax_vlm.build import build, lookup
+from flax_vlm.data.anyres import AnyRes, read_any_res
 from flax_vlm.data.hf_files import model_type, read_json
 from flax_vlm.data.images import IMAGE_OPS, KINDS, ImageOp, pair
 from flax_vlm.data.naflex import NaflexRecipe
+from flax_vlm.data.tile_rows import TileRows, read_tile_rows
 
 Channels = tuple[float, float, float]
 
@@ -49,6 +51,13 @@ _ALL = {
     "crop_size": None,
 }
 _BILINEAR, _BICUBIC = int(KINDS["bilinear"]), int(KINDS["bicubic"])
+_TILE_ROWS = {
+    "size": {"longest_edge": 1456},
+    "max_image_size": {"longest_edge": 364},
+    "resample": int(KINDS["lanczos"]),
+    "do_image_splitting": True,
+    "do_pad": True,
+}
 
 # class of transformers: what its preprocessor_config.json may leave out
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,6 +70,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "size": {"height": 384, "width": 384},
     },
     "LlavaImageProcessor": {**_ALL, **_CLIP, **_CROPPED, "resample": _BICUBIC},
+    "LlavaNextImageProcessor": {
+        **{**_ALL, **_CLIP, **_CROPPED, "resample": _BICUBIC, "do_pad": True},
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+    "LlavaOnevisionImageProcessor": {
+        **{**_ALL, **_CLIP, "resample": _BICUBIC, "do_pad": True},
+        "size": {"height": 384, "width": 384},
+        "image_grid_pinpoints": [[384 * m, 384 * n] for m in range(1, 7) for n in range(1, 7)],
+    },
+    "Idefics3ImageProcessor": {**_ALL, **_HALF, **_TILE_ROWS},
+    "SmolVLMImageProcessor": {**_ALL, **_HALF, **_TILE_ROWS},
     "Siglip2ImageProcessor": {
         **{**_ALL, **_HALF, "resample": _BILINEAR},
         **{"patch_size": 16, "max_num_patches": 256},
@@ -73,10 +93,21 @@ OF_MODEL: dict[str, str] = {
     "siglip": "SiglipImageProcessor",
     "siglip2": "Siglip2ImageProcessor",
     "llava": "LlavaImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+    "idefics3": "Idefics3ImageProcessor",
+    "smolvlm": "SmolVLMImageProcessor",
     "dinov2": "BitImageProcessor",
     "dinov2_with_registers": "BitImageProcessor",
     "blip-2": "BlipImageProcessor",
     "blip_2": "BlipImageProcessor",  # its vision tower alone
+}
+# classes that cut pictures into tiles: the reader of their config
+LAYOUTS: dict[str, Callable[..., AnyRes | TileRows]] = {
+    "LlavaNextImageProcessor": read_any_res,
+    "LlavaOnevisionImageProcessor": read_any_res,
+    "Idefics3ImageProcessor": read_tile_rows,
+    "SmolVLMImageProcessor": read_tile_rows,
 }
 _KIND_OF = {int(resampling): kind for kind, resampling in KINDS.items()}
 
@@ -178,7 +209,7 @@ _EXPORTS = {
 }
 
 
-def load_image_recipe(folder: str | os.PathLike) -> ImageRecipe | NaflexRecipe:
+def load_image_recipe(folder: str | os.PathLike) -> ImageRecipe | NaflexRecipe | AnyRes | TileRows:
     """Returns how the checkpoint in `folder` wants its images.
 
     Reads preprocessor_config.json, or the "image_processor" of processor_config.json, where
@@ -210,7 +241,7 @@ def _class_name(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe:
+def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe | AnyRes | TileRows:
     """Returns the recipe of a preprocessor_config.json, already read.
 
     Args:
@@ -222,7 +253,7 @@ def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe:
     name = _class_name(config)
     defaults = lookup(DEFAULTS, name, "image processor of transformers")
     config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-    if config["do_pad"] and name != "LlavaImageProcessor":
+    if config["do_pad"] and name != "LlavaImageProcessor" and name not in LAYOUTS:
         raise ValueError(f"of {name} do_pad must be false in {FILE}: only LLaVA's is known here")
     mean, std = _normalisation(config)
     if name == "Siglip2ImageProcessor":
@@ -230,6 +261,10 @@ def image_recipe(config: Mapping[str, Any]) -> ImageRecipe | NaflexRecipe:
             raise ValueError("NaFlex must resize images to whole patches, got do_resize false")
         sizes = {key: config[key] for key in ("patch_size", "max_num_patches")}
         return NaflexRecipe(mean=mean, std=std, kind=_kind(config), **sizes)
+    if name in LAYOUTS:
+        if not config["do_resize"]:
+            raise ValueError(f"{name} must resize pictures to tiles, got do_resize false")
+        return LAYOUTS[name](config, mean, std, _kind(config))
     ops, size = _operations(config)
     return ImageRecipe(name, tuple(ops), size, mean, std)
 

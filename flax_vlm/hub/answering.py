@@ -15,9 +15,13 @@ import numpy as np
 
 from flax_vlm.data.chat_templates import IMAGE_MARKER
 from flax_vlm.data.conversations import ConversationPreprocess
+from flax_vlm.data.hf_images import ImageRecipe
+from flax_vlm.data.images import BrokenImage, read_image
 from flax_vlm.data.jinja_templates import JinjaTemplate
+from flax_vlm.data.tiles import Layout
 from flax_vlm.hub.processor import Processor
 
+GIVEN = ("text", "text_mask", "images", "visual_index", "visual_weight")  # to the model
 MULTIPLE = 64  # lengths of prompts are rounded up to it: they share compiled programs
 # tokens that end an answer besides the tokenizer's own end token, where the vocabulary has them
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<end_of_utterance>")
@@ -81,7 +85,7 @@ def prompt_batch(
         ValueError: if the model takes no images and there are some, one cannot be read, or markers
             and images differ in number; names the prompt.
     """
-    lists = image_lists(images, len(prompts))
+    lists = [_pictures(row, n) for n, row in enumerate(image_lists(images, len(prompts)))]
     count = max(map(len, lists), default=0)
     if count and not tokens_per_image:
         raise ValueError(f"this model reads text alone, got images for {len(prompts)} prompts")
@@ -89,20 +93,27 @@ def prompt_batch(
         {"images": some, "conversation": conversation(prompt, len(some)), "meta": {"id": n}}
         for n, (prompt, some) in enumerate(zip(prompts, lists, strict=True))
     ]
-    preprocess = conversation_preprocess(processor, template, tokens_per_image, count)
+    preprocess = conversation_preprocess(processor, template, tokens_per_image, lists)
     longest = max(len(preprocess.tokens(example)[0]) for example in examples)
     preprocess = dataclasses.replace(preprocess, text_length=longest + -longest % MULTIPLE)
     rng = np.random.default_rng(0)  # operations of evaluation draw nothing from it
     rows = [preprocess(example, rng) for example in examples]
-    broken = [n for n, row in enumerate(rows) if not row["example_mask"]]
-    if broken:
-        raise ValueError(f"the images of the prompts {broken} could not be read")
-    keys = ["text", "text_mask", *(["images"] if count else [])]
+    keys = [key for key in GIVEN if key in rows[0] and (count or key != "images")]
     return {key: np.stack([row[key] for row in rows]) for key in keys}
 
 
+def _pictures(images: Sequence[Any], prompt: int) -> list[np.ndarray]:
+    try:
+        return [read_image(image)[0] for image in images]
+    except BrokenImage as error:
+        raise ValueError(f"an image of prompt {prompt} could not be read: {error}") from error
+
+
 def conversation_preprocess(
-    processor: Processor, template: str | JinjaTemplate, tokens_per_image: int, num_images: int
+    processor: Processor,
+    template: str | JinjaTemplate,
+    tokens_per_image: int,
+    images: Sequence[Sequence[np.ndarray]],
 ) -> ConversationPreprocess:
     """Returns what makes prompts of conversations; its text_length is 0.
 
@@ -110,20 +121,29 @@ def conversation_preprocess(
         processor: see `prompt_batch`.
         template: see `prompt_batch`.
         tokens_per_image: see `prompt_batch`.
-        num_images: I.
+        images: of every prompt, [h, w, 3] uint8; rows have room for those of each of them.
     """
-    recipe = processor.image_recipe
-    seen = dict(image_ops=recipe.build_ops(), image_size=recipe.image_size) if num_images else {}
+    recipe, count = processor.image_recipe, max(map(len, images), default=0)
+    seen: dict[str, Any] = {"image_ops": (), "image_size": (1, 1), "num_images": count}
+    if count:
+        seen["image_size"] = recipe.image_size
+    if count and isinstance(recipe, ImageRecipe):
+        seen["image_ops"] = recipe.build_ops()
+    elif count:
+        seen |= {"layout": recipe, "num_images": max(_num_tiles(recipe, row) for row in images)}
     return ConversationPreprocess(
-        **{"image_ops": (), "image_size": (1, 1), **seen},
+        **seen,
         tokenizer=processor.tokenizer,
         text_length=0,
         template=template,
         tokens_per_image=tokens_per_image,
-        num_images=num_images,
         prompts=True,
         blind=not tokens_per_image,
     )
+
+
+def _num_tiles(layout: Layout, images: Sequence[np.ndarray]) -> int:
+    return sum(layout.num_tiles(image.shape[:2], len(images) == 1) for image in images)
 
 
 def answered_batch(
@@ -145,17 +165,16 @@ def answered_batch(
         template: see `prompt_batch`.
         tokens_per_image: see `prompt_batch`.
     """
+    images = _pictures([image], 0)
     preprocess = dataclasses.replace(
-        conversation_preprocess(processor, template, tokens_per_image, 1), prompts=False
+        conversation_preprocess(processor, template, tokens_per_image, [images]), prompts=False
     )
     turns = [*conversation(prompt, 1), {"role": "assistant", "content": answer}]
-    example = {"images": [image], "conversation": turns, "meta": {"id": 0}}
+    example = {"images": images, "conversation": turns, "meta": {"id": 0}}
     ids, answers = preprocess.tokens(example)
     row = dataclasses.replace(preprocess, text_length=len(ids))(example, np.random.default_rng(0))
-    if not row["example_mask"]:
-        raise ValueError("the image could not be read")
     last = max(answers)
-    batch = {key: row[key][None] for key in ("text", "text_mask", "images")}
+    batch = {key: row[key][None] for key in GIVEN if key in row}
     return batch, [n for n, answer in enumerate(answers) if answer == last]
 
 

@@ -18,11 +18,13 @@ from flax_vlm.build import build
 from flax_vlm.convert import FAMILIES
 from flax_vlm.convert.family import drops_remainder
 from flax_vlm.convert.loading import read_config, read_spec
+from flax_vlm.data.anyres import AnyRes
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_images import ImageRecipe, image_recipe, load_image_recipe
 from flax_vlm.data.hf_tokenizers import TextRecipe, load_chat_tokenizer, load_tokenizer
 from flax_vlm.data.jinja_templates import load_template
 from flax_vlm.data.naflex import NaflexRecipe
+from flax_vlm.data.tile_rows import TileRows
 from flax_vlm.hub.answering import stop_ids
 from flax_vlm.hub.processor import Processor
 from flax_vlm.models import MODELS
@@ -157,16 +159,20 @@ def _fitted(text: TextRecipe, length: int) -> TextRecipe:
     return dataclasses.replace(text, length=min(text.length, length))
 
 
-def _image_recipe(folder: pathlib.Path, spec: dict[str, Any]) -> ImageRecipe | NaflexRecipe:
+def _image_recipe(
+    folder: pathlib.Path, spec: dict[str, Any]
+) -> ImageRecipe | NaflexRecipe | AnyRes | TileRows:
+    found = load_image_recipe(folder)
+    if isinstance(found, AnyRes | TileRows):
+        return _fitted_layout(found, folder, build(MODELS, spec, "model"))
     if any((folder / name).is_file() for name in _IMAGE_FILES):
-        return load_image_recipe(folder)
+        return found
     model_type, config = read_config(folder)
     model = build(MODELS, spec, "model")
     tower = getattr(model, "image", model)
     if isinstance(tower, NaFlexVisionTransformer):
-        recipe = load_image_recipe(folder)
         return dataclasses.replace(
-            recipe,
+            found,
             patch_size=as_pair(tower.patch_size)[0],
             max_num_patches=tower.grid[0] * tower.grid[1],
         )
@@ -174,8 +180,29 @@ def _image_recipe(folder: pathlib.Path, spec: dict[str, Any]) -> ImageRecipe | N
     if model_type in _OTHER_LIBRARIES:
         given = _OTHER_LIBRARIES[model_type](config)
         return image_recipe({**given, "size": {"height": height, "width": width}})
-    found = load_image_recipe(folder)
     return _at_size(found, (height, width))
+
+
+def _fitted_layout(
+    layout: AnyRes | TileRows, folder: pathlib.Path, model: Any
+) -> AnyRes | TileRows:
+    """Returns the layout with what the model's config says: its grid, and how much is shrunk."""
+    size, config = as_pair(model.image.image_size), read_config(folder)[1]
+    if not any((folder / name).is_file() for name in _IMAGE_FILES):
+        layout = layout.at_size(size[0], config)
+    if model.token_grid is None or layout.image_size != size:
+        raise ValueError(
+            f"{folder} cuts images into tiles of {layout.image_size} pixels and needs a model that "
+            f"sees just those, one visual token after the other, got {size}; change the size in "
+            f"its {IMAGE_FILE}"
+        )
+    layout = dataclasses.replace(layout, grid=model.token_grid)
+    ratio = config.get("vision_aspect_ratio", "anyres_max_9")
+    if layout.processor != "LlavaOnevisionImageProcessor":
+        return layout
+    if not str(ratio).startswith("anyres_max_"):
+        raise ValueError(f'vision_aspect_ratio must be "anyres_max_" and a number, got {ratio!r}')
+    return dataclasses.replace(layout, max_tiles=int(ratio.removeprefix("anyres_max_")))
 
 
 def _at_size(recipe: ImageRecipe, size: tuple[int, int]) -> ImageRecipe:

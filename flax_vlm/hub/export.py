@@ -20,6 +20,7 @@ from flax_vlm.convert import FAMILIES
 from flax_vlm.convert.safetensors_writer import write_json, write_text
 from flax_vlm.convert.saving import find_format
 from flax_vlm.convert.saving import save_pretrained as save_weights
+from flax_vlm.data.anyres import AnyRes
 from flax_vlm.data.hf_images import FILE as IMAGE_FILE
 from flax_vlm.data.hf_tokenizers import CONFIG, SPECIAL
 from flax_vlm.data.hf_tokenizers import FILE as TOKENIZER_FILE
@@ -74,7 +75,7 @@ def save_pretrained(
         model_type=model_type,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        extra_config=_labels(vlm) | _token_ids(vlm, config),
+        extra_config=_labels(vlm) | _token_ids(vlm, config) | _tiles(vlm),
     )
     for name, text in files.items():
         write_text(folder / name, text)
@@ -114,6 +115,12 @@ def _labels(vlm: LoadedModel) -> dict[str, Any]:
         return {}
     numbers = {str(i): name for i, name in enumerate(names)}
     return {"id2label": numbers, "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _tiles(vlm: LoadedModel) -> dict[str, Any]:
+    """Returns the keys of config.json for how pictures are cut into tiles."""
+    recipe = vlm.processor.image_recipe
+    return recipe.model_config() if isinstance(recipe, AnyRes) else {}
 
 
 def _token_ids(vlm: LoadedModel, config: Mapping[str, Any]) -> dict[str, Any]:

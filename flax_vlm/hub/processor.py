@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from flax_vlm.data.anyres import AnyRes
 from flax_vlm.data.hf_images import ImageRecipe
 from flax_vlm.data.hf_tokenizers import TextRecipe
 from flax_vlm.data.images import BrokenImage, read_image
 from flax_vlm.data.naflex import NaflexRecipe
 from flax_vlm.data.text import Tokenizer
+from flax_vlm.data.tile_rows import TileRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Processor:
     """Images and texts -> batch.
 
     Attributes:
-        image_recipe: operations on pixels, mean and std; for NaFlex, packing; None where the model
-            takes no images.
+        image_recipe: operations on pixels, mean and std; for NaFlex, packing; tiles for LLaVA-NeXT,
+            OneVision, Idefics3; None where the model takes no images.
         text_recipe: tokenizer and length; None where the model takes no texts, or its folder has no
             tokenizer.
     """
 
-    image_recipe: ImageRecipe | NaflexRecipe | None
+    image_recipe: ImageRecipe | NaflexRecipe | AnyRes | TileRows | None
     text_recipe: TextRecipe | None
 
     @property
@@ -65,6 +67,11 @@ class Processor:
         if isinstance(self.image_recipe, NaflexRecipe):
             packed = [self.image_recipe(image) for image in pixels]
             return {key: np.stack([p[key] for p in packed]) for key in ("patches", "spatial_shape")}
+        if not isinstance(self.image_recipe, ImageRecipe):
+            raise ValueError(
+                "this model cuts an image into tiles, as many as its shape asks for: what it makes "
+                "of one is seen with a prompt alone (generate)"
+            )
         rng = np.random.default_rng(0)  # operations of evaluation draw nothing from it
         ops, rows = self.image_recipe.build_ops(), []
         for image in pixels:

@@ -146,7 +146,7 @@ def test_what_transformers_cannot_do_is_not_exported():
     "config, message",
     [
         (
-            {"image_processor_type": "Idefics3ImageProcessor"},
+            {"image_processor_type": "Idefics2ImageProcessor"},
             "unknown image processor.*choose one of",
         ),
         ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "do_pad must be false"),

@@ -130,7 +130,7 @@ def test_a_language_model_writes_without_images(text_model):
         ([None], ["<image> what?"], {}, "conversation 0 must have one <image> per image"),
         ([IMAGES], ["<image> what?"], {}, "got 1 markers and 2 images"),
         ([IMAGES[0]], ["a", "b"], {}, "images must have one entry per prompt"),
-        ([b"no image"], ["a"], {}, "the images of the prompts .0. could not be read"),
+        ([b"no image"], ["a"], {}, "an image of prompt 0 could not be read"),
         (None, ["a"], {"max_new_tokens": 390}, "must fit into the model's context of 400 tokens"),
         (None, ["a"], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         (None, ["a"], {"template": "nonsense"}, "unknown chat template 'nonsense'"),
