@@ -316,8 +316,8 @@ class LoadedModel:
             template: see `generate`.
 
         Raises:
-            ValueError: if the visual tokens have no places in the image, as those of a resampler;
-                see `generate`.
+            ValueError: if the visual tokens have no places in the image, as those of a resampler,
+                or the image is cut into tiles; see `generate`.
         """
         grid = getattr(self.model, "token_grid", None)
         if grid is None:
@@ -335,14 +335,20 @@ class LoadedModel:
             template=template or self.chat_template,
             tokens_per_image=self.model.tokens_per_image,
         )
-        weights = self.predict("text_attention", batch)[0]  # [L, L]
         text, stops = batch["text"][0], answering.stop_ids(self.processor)
+        placed = text == self.model.image_token_id  # [L]
+        if placed.sum() != grid[0] * grid[1]:
+            raise ValueError(
+                f"word_attention needs an image of one tile, {grid[0]} x {grid[1]} visual tokens, "
+                f"got {placed.sum()}: this checkpoint cuts images into tiles"
+            )
+        weights = self.predict("text_attention", batch)[0]  # [L, L]
         tokenizer, words = self.processor.tokenizer, []
         for n in (n for n in places if text[n] not in stops):
             if not words or tokenizer.starts_word(int(text[n])):
                 words.append([])
             words[-1].append(n)
-        visual = weights[:, text == self.model.image_token_id]  # [L, P]
+        visual = weights[:, placed]  # [L, P]
         return [
             (tokenizer.decode(text[word]).strip(), visual[np.array(word) - 1].mean(0).reshape(grid))
             for word in words
