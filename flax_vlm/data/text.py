@@ -23,6 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 FILE = "tokenizer.json"
+_SPACES = (" ", "\u0120", "\u2581")  # as it is, of byte-level vocabularies, of SentencePiece's
 
 
 class Tokenizer:
@@ -137,6 +138,10 @@ class Tokenizer:
         if found is None:
             raise ValueError(f"a token id must be below {self.vocab_size}, got {index}")
         return found
+
+    def starts_word(self, index: int) -> bool:
+        """Returns whether a token is written with a space in front."""
+        return self.token(index).startswith(_SPACES)
 
     def to_json(self) -> str:
         """Returns what `save` writes."""

@@ -303,21 +303,21 @@ class LoadedModel:
         *,
         template: str | None = None,
     ) -> list[tuple[str, np.ndarray]]:
-        """Returns (token, map) for every token of an answer: how much the model looked at each part
-        of the image when it wrote that token, [rows, columns] float32.
+        """Returns (word, map) for every word of an answer: how much the model looked at each part
+        of the image when it wrote that word, [rows, columns] float32.
 
         The weights are those of `attention_maps.text_attention` in the row of the token before,
-        which is where the next one is chosen.
+        which is where the next one is chosen; the mean over a word's tokens.
 
         Args:
             image: PIL, array, bytes or path.
             prompt: see `generate`.
-            answer: whose tokens; None takes the model's own.
+            answer: whose words; None takes the model's own.
             template: see `generate`.
 
         Raises:
-            ValueError: if the visual tokens have no places in the image, as those of a resampler;
-                see `generate`.
+            ValueError: if the visual tokens have no places in the image, as those of a resampler,
+                or the image is cut into tiles; see `generate`.
         """
         grid = getattr(self.model, "token_grid", None)
         if grid is None:
@@ -335,13 +335,23 @@ class LoadedModel:
             template=template or self.chat_template,
             tokens_per_image=self.model.tokens_per_image,
         )
-        weights = self.predict("text_attention", batch)[0]  # [L, L]
         text, stops = batch["text"][0], answering.stop_ids(self.processor)
-        visual = text == self.model.image_token_id
+        placed = text == self.model.image_token_id  # [L]
+        if placed.sum() != grid[0] * grid[1]:
+            raise ValueError(
+                f"word_attention needs an image of one tile, {grid[0]} x {grid[1]} visual tokens, "
+                f"got {placed.sum()}: this checkpoint cuts images into tiles"
+            )
+        weights = self.predict("text_attention", batch)[0]  # [L, L]
+        tokenizer, words = self.processor.tokenizer, []
+        for n in (n for n in places if text[n] not in stops):
+            if not words or tokenizer.starts_word(int(text[n])):
+                words.append([])
+            words[-1].append(n)
+        visual = weights[:, placed]  # [L, P]
         return [
-            (self.processor.tokenizer.decode([text[n]]), weights[n - 1, visual].reshape(grid))
-            for n in places
-            if text[n] not in stops
+            (tokenizer.decode(text[word]).strip(), visual[np.array(word) - 1].mean(0).reshape(grid))
+            for word in words
         ]
 
     @property

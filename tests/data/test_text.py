@@ -162,3 +162,15 @@ def test_text_id_is_equal_for_equal_captions_only():
     assert len(set(ids)) == 3000 and min(ids) < 0 < max(ids)
     assert text_id("a").dtype == np.int32
     assert int(text_id("a red circle")) == 1419750294  # the same tomorrow
+
+
+@pytest.mark.parametrize("space", [" ", "\u0120", "\u2581"])
+def test_a_token_with_a_space_in_front_starts_a_word(space):
+    vocabulary = {"<pad>": 0, "<eos>": 1, f"{space}a": 2, "b": 3, space: 4}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<pad>"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    inner.enable_padding(pad_token="<pad>")
+    found = Tokenizer(inner.to_str())
+    assert [found.starts_word(i) for i in range(5)] == [False, False, True, False, True]

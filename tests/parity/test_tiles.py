@@ -184,3 +184,9 @@ def test_an_export_cuts_pictures_as_its_origin_did(name, tmp_path):
         assert getattr(config, key, None) == getattr(given, key, None)
     images = [PICTURES[5]]
     assert again.generate(images, ["What?"], 4) == vlm.generate(images, ["What?"], 4)
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_tiles_have_no_map_of_their_own(name):
+    with pytest.raises(ValueError, match="needs an image of one tile, 2 x 2 visual tokens, got"):
+        case(name)[2].word_attention(PICTURES[0], "What?", "two", template="short")
