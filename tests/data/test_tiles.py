@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flax_vlm.data.anyres import AnyRes, best_pinpoint, tile_index
+from flax_vlm.data.anyres import AnyRes, best_pinpoint, tile_index, unpadded
 from flax_vlm.data.chat_templates import Rendered, expand_markers
 from flax_vlm.data.hf_images import image_recipe
 from flax_vlm.data.tile_rows import TileRows
@@ -38,6 +38,12 @@ def test_padding_is_black_and_its_tokens_are_left_out():
     assert (rows == NEWLINE).sum() == 2
     tall = dataclasses.replace(NEXT, grid=(4, 4)).places((2, 8), True)[0][16:, 0]
     assert (tall == NEWLINE).sum() == 2, "two of four rows of tokens are padding"
+
+
+def test_half_a_token_of_picture_is_padding():
+    assert unpadded((8, 5), (4, 4)) == (slice(None), slice(1, 3))
+    assert unpadded((5, 8), (4, 4)) == (slice(1, 3), slice(None))
+    assert unpadded((3, 3), (4, 4)) == (slice(None), slice(0, 4))
 
 
 def test_rows_of_many_tokens_are_shrunk_to_weighted_sums():

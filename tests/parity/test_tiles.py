@@ -30,7 +30,7 @@ SPECIAL = ("<image>", "<fake_token_around_image>", "<global-img>", *TILES)
 TOKENIZER = byte_level(bos=True, special=SPECIAL, multiple=8)
 MARKER = TOKENIZER.id_of("<image>")
 GRIDS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 84]]
-SIZES = [(30, 50), (61, 20), (40, 40), (9, 7), (28, 56), (83, 90), (33, 100), (57, 56)]
+SIZES = [(30, 50), (61, 20), (90, 70), (9, 7), (28, 56), (83, 90), (33, 100), (57, 56)]
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 PROMPT = "Q: <image>\nWhat? A:"
