@@ -7,7 +7,8 @@
 LLaVA starts from a CLIP and a language model and trains nothing but the connector here. Nothing is
 pretrained in this repository, so the image encoder and the language model learn their trade from
 the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. A caption here lists all
-things with their places, from left to right: little is left to chance, so much is learnt from each.
+things with their places, in any order: nothing is left unsaid, so much is learnt from each, and
+what comes next has to be found by what it is like.
 After 500 steps Muon had a loss of 0.34 where AdamW had 0.52, and 0.61 without a mean that is the
 pictures' background.
 

@@ -28,8 +28,12 @@ def description(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
 
 def detail(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Returns a list of all things with their places, from left to right."""
-    things = sorted(scene, key=lambda thing: thing.center)
+    """Returns a list of all things with their places, in any order.
+
+    An order that the picture gives away, such as from left to right, would be easier to learn: what
+    is said next is then a matter of counting, and nothing has to be found by what it is like.
+    """
+    things = [scene[i] for i in rng.permutation(len(scene))]
     said = ", ".join(f"a {o.size} {name(o)} {place_of(o)}" for o in things)
     return [(_DETAIL[rng.integers(len(_DETAIL))], f"{NUMBERS[len(scene)]}: {said}")]
 
