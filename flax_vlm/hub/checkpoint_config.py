@@ -162,25 +162,27 @@ def _fitted(text: TextRecipe, length: int) -> TextRecipe:
 def _image_recipe(
     folder: pathlib.Path, spec: dict[str, Any]
 ) -> ImageRecipe | NaflexRecipe | AnyRes | TileRows:
-    found = load_image_recipe(folder)
-    if isinstance(found, AnyRes | TileRows):
-        return _fitted_layout(found, folder, build(MODELS, spec, "model"))
-    if any((folder / name).is_file() for name in _IMAGE_FILES):
-        return found
+    has_files = any((folder / name).is_file() for name in _IMAGE_FILES)
     model_type, config = read_config(folder)
     model = build(MODELS, spec, "model")
     tower = getattr(model, "image", model)
+    size = as_pair(tower.image_size)
+    if model_type in _OTHER_LIBRARIES and not has_files:
+        given = _OTHER_LIBRARIES[model_type](config)
+        return image_recipe({**given, "size": {"height": size[0], "width": size[1]}})
+    found = load_image_recipe(folder)
+    if isinstance(found, AnyRes | TileRows):
+        found = found if has_files else found.at_size(size[0], config)
+        return _fitted_layout(found, folder, model)
+    if has_files:
+        return found
     if isinstance(tower, NaFlexVisionTransformer):
         return dataclasses.replace(
             found,
             patch_size=as_pair(tower.patch_size)[0],
             max_num_patches=tower.grid[0] * tower.grid[1],
         )
-    height, width = as_pair(tower.image_size)
-    if model_type in _OTHER_LIBRARIES:
-        given = _OTHER_LIBRARIES[model_type](config)
-        return image_recipe({**given, "size": {"height": height, "width": width}})
-    return _at_size(found, (height, width))
+    return _at_size(found, size)
 
 
 def _fitted_layout(
@@ -188,8 +190,6 @@ def _fitted_layout(
 ) -> AnyRes | TileRows:
     """Returns the layout with what the model's config says: its grid, and how much is shrunk."""
     size, config = as_pair(model.image.image_size), read_config(folder)[1]
-    if not any((folder / name).is_file() for name in _IMAGE_FILES):
-        layout = layout.at_size(size[0], config)
     if model.token_grid is None or layout.image_size != size:
         raise ValueError(
             f"{folder} cuts images into tiles of {layout.image_size} pixels and needs a model that "
