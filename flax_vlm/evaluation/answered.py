@@ -48,39 +48,6 @@ class Answered:
     meta: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class WithoutImages:
-    """Rows with grey pictures: the same texts for a model that sees nothing.
-
-    Attributes:
-        preprocess: makes the rows.
-    """
-
-    preprocess: Any
-
-    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the row of an example."""
-        return self._greyed(self.preprocess(example, rng))
-
-    def padding(self) -> dict[str, Any]:
-        """Returns a row that is no example."""
-        return self._greyed(self.preprocess.padding())
-
-    @property
-    def tokenizer(self) -> Any:
-        """Of the preprocess."""
-        return self.preprocess.tokenizer
-
-    @staticmethod
-    def _greyed(row: Mapping[str, Any]) -> dict[str, Any]:
-        if "images" not in row:
-            raise ValueError(
-                "a model is compared with itself without images, but its rows have none; leave "
-                "`blind` out of the evaluator"
-            )
-        return {**row, "images": np.full_like(row["images"], 127)}
-
-
 def answer_all(predictor: Predictor, dataset: Dataset, batch_size: int) -> list[Answered]:
     """Returns the readable examples of an instruction dataset with the model's answers.
 

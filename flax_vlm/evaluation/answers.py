@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flax_vlm.evaluation import scores
-from flax_vlm.evaluation.answered import Answered, WithoutImages, answer_all, write_answers
+from flax_vlm.evaluation.answered import Answered, answer_all, write_answers
 from flax_vlm.evaluation.base import Predictor
 
 if TYPE_CHECKING:
@@ -88,36 +88,18 @@ class Answers:
         dataset: instructions, its preprocess makes prompts; see `answered.answer_all`.
         batch_size: global; changes no result.
         num_pictures: questions in answers.png.
-        blind: the same questions are also answered with grey pictures, "blind" and "<kind>/blind":
-            what the model makes of the words alone. A model trained without images, which knows
-            that it sees none, may guess better.
     """
 
     dataset: Dataset
     batch_size: int = 64
     num_pictures: int = 12
-    blind: bool = False
 
     def run(self, predictor: Predictor, folder: pathlib.Path | None) -> dict[str, float]:
         """Returns what `answer_metrics` reports; writes answers.jsonl and answers.png."""
         answered = answer_all(predictor, self.dataset, self.batch_size)
         correct = [is_correct(one) for one in answered]
         metrics = answer_metrics(answered, correct)
-        if self.blind:
-            metrics = self._blind(predictor) | metrics
         if folder is not None:
             title = f"{100 * metrics['accuracy']:.1f} % of {len(answered):,} questions"
             write_answers(folder, self.dataset, answered, correct, self.num_pictures, title)
         return metrics
-
-    def _blind(self, predictor: Predictor) -> dict[str, float]:
-        dataset = dataclasses.replace(
-            self.dataset, preprocess=WithoutImages(self.dataset.preprocess)
-        )
-        answered = answer_all(predictor, dataset, self.batch_size)
-        metrics = answer_metrics(answered, [is_correct(one) for one in answered])
-        return {
-            name.replace("accuracy", "blind"): value
-            for name, value in metrics.items()
-            if name.endswith("accuracy")
-        }
