@@ -9,15 +9,15 @@ from flax_vlm.experiment import Experiment
 from flax_vlm.program import example_batch
 from flax_vlm.tools.pack import pack
 
-LENGTH, IMAGES, SIZE = 160, 4, 40
+LENGTH, IMAGES, SIZE = 256, 4, 40
 
 
 @pytest.fixture
 def config(tmp_path):
     config = llava_shapes_stage1.get_config().unlock()
     config.data.dir = str(tmp_path / "data")
-    config.data.options.train_size = SIZE
-    config.data.options.kinds = ("description",)
+    config.data.options = {"kinds": ("description",), "train_size": SIZE, "turns": 1}
+    config.data.text.options = config.data.options
     config.data.text.length, config.data.chat.num_images = LENGTH, IMAGES
     config.model.language_model.length = LENGTH
     config.batch_size = 8
