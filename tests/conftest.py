@@ -9,8 +9,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
-# A device of XLA's CPU client may wait in two collectives at once, each on a thread of one pool that
-# has as many threads as there are devices: all wait, none is left to join, the process aborts.
+# A device of XLA's CPU client may wait in two collectives at once, each on a thread of one pool
+# that has as many threads as there are devices: all wait, none can join, the process aborts.
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
