@@ -4,21 +4,23 @@
 Per kind of question, and beside the majority answer: the share that a model would get right that
 answers every question of a kind with one and the same text, the best one for the evaluated set
 itself. No constant taken from the training data can do better, so a model above it has read the
-question or the image.
+question or the image. Which of the two, another run's answers beside them tell: of a model that was
+trained on the same questions without their images, say.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flax_vlm.evaluation import scores
-from flax_vlm.evaluation.answered import Answered, answer_all, write_answers
+from flax_vlm.evaluation.answered import Answered, answer_all, kind_means, write_answers
 from flax_vlm.evaluation.base import Predictor
 
 if TYPE_CHECKING:
@@ -80,6 +82,25 @@ def answer_metrics(answered: Sequence[Answered], correct: Sequence[bool]) -> dic
     return {**total, "majority": majority, "examples": len(answered), **metrics}
 
 
+def correct_answers(file: str, answered: Sequence[Answered]) -> list[float]:
+    """Returns what another run got for each of the same questions, from its answers.jsonl.
+
+    Raises:
+        ValueError: if the file has other questions.
+    """
+    rows = [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
+    theirs = [(row["index"], row["question"]) for row in rows]
+    ours = [(one.index, one.question) for one in answered]
+    if theirs != ours:
+        other = next((n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), "")
+        raise ValueError(
+            f"answers stand beside those to the same questions: {file} has {len(theirs)}, here are "
+            f"{len(ours)}{f', number {other} is another' if other != '' else ''}; evaluate both "
+            f"runs on the same data"
+        )
+    return [float(row["correct"]) for row in rows]
+
+
 @dataclasses.dataclass(frozen=True)
 class Answers:
     """Measures the prediction "generate" against the accepted answers.
@@ -88,17 +109,30 @@ class Answers:
         dataset: instructions, its preprocess makes prompts; see `answered.answer_all`.
         batch_size: global; changes no result.
         num_pictures: questions in answers.png.
+        beside: {name: the answers.jsonl of another run to the same questions}; the accuracy of that
+            run is "name" and, for every kind, "<kind>/name".
     """
 
     dataset: Dataset
     batch_size: int = 64
     num_pictures: int = 12
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        missing = [file for file in self.beside.values() if not pathlib.Path(file).is_file()]
+        if missing:
+            raise ValueError(
+                f"beside must name the answers.jsonl of runs that were evaluated, found no file "
+                f"{', '.join(missing)}; train or evaluate those runs first"
+            )
 
     def run(self, predictor: Predictor, folder: pathlib.Path | None) -> dict[str, float]:
         """Returns what `answer_metrics` reports; writes answers.jsonl and answers.png."""
         answered = answer_all(predictor, self.dataset, self.batch_size)
         correct = [is_correct(one) for one in answered]
         metrics = answer_metrics(answered, correct)
+        for name, file in self.beside.items():
+            metrics |= kind_means(name, answered, correct_answers(file, answered))
         if folder is not None:
             title = f"{100 * metrics['accuracy']:.1f} % of {len(answered):,} questions"
             write_answers(folder, self.dataset, answered, correct, self.num_pictures, title)

@@ -97,6 +97,36 @@ def test_the_answers_are_saved_as_they_were_written(tmp_path):
         image.verify()
 
 
+def test_the_answers_of_another_run_stand_beside_those_to_the_same_questions(tmp_path):
+    make_evaluator(num_pictures=0).run(make_predictor(), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["correct"] = n % 3 == 0  # a run that was right elsewhere
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = make_evaluator(beside={"blind": str(file)}).run(make_predictor(), None)
+    alone = make_evaluator().run(make_predictor(), None)
+    assert {key: metrics[key] for key in alone} == alone
+    assert metrics["blind"] == np.mean([row["correct"] for row in rows]) != metrics["accuracy"]
+    for kind in {row["kind"] for row in rows}:
+        theirs = [row["correct"] for row in rows if row["kind"] == kind]
+        assert metrics[f"{kind}/blind"] == np.mean(theirs), kind
+
+
+def test_answers_to_other_questions_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="beside must name .* found no file .*none.jsonl"):
+        make_evaluator(beside={"blind": str(tmp_path / "none.jsonl")})
+    make_evaluator(num_pictures=0).run(make_predictor(), tmp_path)
+    file = tmp_path / "answers.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=f"has {len(lines) - 1}, here are {len(lines)};"):
+        make_evaluator(beside={"blind": str(file)}).run(make_predictor(), None)
+    file.write_text("\n".join([lines[0].replace('"index": 0', '"index": 1'), *lines[1:]]))
+    with pytest.raises(ValueError, match="number 0 is another"):
+        make_evaluator(beside={"blind": str(file)}).run(make_predictor(), None)
+
+
 def test_the_picture_shows_the_images_that_were_asked_about(tmp_path, monkeypatch):
     shown = {}
 
