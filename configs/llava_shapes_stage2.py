@@ -26,16 +26,17 @@ resampler nor the blind model was run.
 from configs import llava_shapes_stage1
 from flax_vlm.data.instructions import KINDS
 
+STEPS = 1100
 # captions were the first stage's
 ASKED = tuple(kind for kind in KINDS if kind not in ("description", "detail"))
-# changes of the model; the encoder has 36 patches
+# changes of the model; the encoder has 16 patches
 COMPRESSIONS = {
     "": {},
     "average_pool": {"compression": {"name": "average_pool", "scale": 2}},
-    "token_merging": {"compression": {"name": "token_merging", "tokens": 9}},
-    "token_merging_18": {"compression": {"name": "token_merging", "tokens": 18}},
-    "fastv": {"pruning": {"layer": 2, "keep": 9}},
-    "fastv_18": {"pruning": {"layer": 2, "keep": 18}},
+    "token_merging": {"compression": {"name": "token_merging", "tokens": 4}},
+    "token_merging_8": {"compression": {"name": "token_merging", "tokens": 8}},
+    "fastv": {"pruning": {"layer": 2, "keep": 4}},
+    "fastv_8": {"pruning": {"layer": 2, "keep": 8}},
 }
 
 
@@ -43,16 +44,16 @@ def get_config(arguments: str = "mlp"):
     """Returns the recipe.
 
     Args:
-        arguments: "variant", "variant,workdir of the first stage" or "variant,workdir,compression".
+        arguments: "variant,workdir of the first stage,compression,workdir of the blind run"; what
+            is left out or empty takes its default.
     """
-    variant, start, compression = [*arguments.split(","), "", ""][:3]
+    variant, start, compression, blind = [*arguments.split(","), "", "", ""][:4]
     config = llava_shapes_stage1.get_config(variant).unlock()
     config.init_from = start or "runs/llava_stage1"
     config.model.update(COMPRESSIONS[compression])
-    config.steps = 900
-    config.checkpoint.every = 900
+    config.steps = config.checkpoint.every = STEPS
     config.data.options = {"image_size": llava_shapes_stage1.SIZE, "kinds": ASKED}
-    config.data.text.length = 124
+    config.data.text.length = 104
     config.data.text.tokenizer = "file"
     config.data.text.path = f"{config.init_from}/tokenizer.json"
     config.objective.max_new_tokens = 12
@@ -64,6 +65,7 @@ def get_config(arguments: str = "mlp"):
             "every": 0,
             "batch_size": 250,
             "data": {"name": "instructions", "split": split},
+            "beside": {"blind": f"{blind}/eval/{STEPS}/{split}/answers.jsonl"} if blind else {},
         }
         for split in ("test", "novel")
     }

@@ -57,9 +57,9 @@ def test_all_things_are_listed_in_any_order():
     for said in lists:
         number, _, things = said.partition(": ")
         assert number == "three" and sorted(things.split(", ")) == [
-            "a large red circle in the top left corner",
-            "a small blue star in the top right corner",
-            "a small green circle in the bottom left corner",
+            "a large circle in red in the top left corner",
+            "a small circle in green in the bottom left corner",
+            "a small star in blue in the top right corner",
         ]
 
 

@@ -22,10 +22,14 @@ def test_answers_and_their_ends_are_marked_and_placeholders_counted(lines):
     options = {"kinds": ("description",), "train_size": 50, "turns": 1}
     config.data.text.options = config.data.options = options
     found = lines(config)
-    assert len(found) == 4 and "<image>*36" in found[0] and "[<eos>]" in found[0]
+    patches = (config.model.image.image_size // config.model.image.patch_size) ** 2
+    assert len(found) == 4 and f"<image>*{patches} " in found[0] and "[<eos>]" in found[0]
     before, _, after = found[0].partition(" A : ")
     assert "[" not in before and all(token.startswith("[") for token in after.split())
-    assert found[1].strip().endswith("room for 84") and f"{after.count('[')} supervised" in found[1]
+    assert (
+        found[1].strip().endswith(f"room for {config.data.text.length}")
+        and f"{after.count('[')} supervised" in found[1]
+    )
 
 
 def test_captions_are_shown_too(lines):
