@@ -39,10 +39,9 @@ def get_config(variant: str = "mlp"):
         variant: a key of CONNECTORS, or "blind".
     """
     config = defaults()
-    config.steps = 1900
+    config.steps = config.checkpoint.every = 1900
     config.batch_size = 32
     config.log_every = 50
-    config.checkpoint.every = 1900
     config.data.name = "instructions"
     captions = ("detail",) * 4 + ("digit",)
     config.data.options = {"image_size": SIZE, "kinds": captions, "turns": 1}

@@ -27,8 +27,8 @@ digit 96.5 (10.5, 15.4), comparison 83.6 (36.4, 4.5), color 82.1 (9.8, 17.5), co
 place 44.5, relation 35.6, shape 20.5. The resampler on `test`: counting 77.7, comparison 75.5,
 digit 74.6, color 71.8, follow-up 57.8, place 55.8, shape 44.5, relation 39.7. Places and relations
 are those of one of the things at random: which thing lies where is not learnt. 6.8 minutes for the
-first stage and 6.3 for this one, each on one core with another job on the other; on two quiet cores
-they were not timed.
+first stage and 6.3 for this one, each on one core beside other work; on two quiet cores they were
+not timed.
 """
 
 from configs import llava_shapes_stage1

@@ -32,8 +32,7 @@ def detail(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
     An order that the picture gives away, such as from left to right, would be easier to learn: what
     is said next is then a matter of counting, and nothing has to be found by what it is like. The
-    place stands right behind the colour: one look from there finds it, and models learn to answer
-    questions that need two after that.
+    colour stands behind the shape, the place behind the colour.
     """
     things = [scene[i] for i in rng.permutation(len(scene))]
     said = ", ".join(f"a {o.size} {o.shape} in {o.color} {place_of(o)}" for o in things)
