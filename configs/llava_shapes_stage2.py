@@ -33,10 +33,11 @@ not timed.
 
 from configs import llava_shapes_stage1
 from flax_vlm.data.instructions import KINDS
+from flax_vlm.data.questions import CAPTIONS
 
-STEPS = 1100
+STEPS = 800
 # captions were the first stage's
-ASKED = tuple(kind for kind in KINDS if kind not in ("description", "detail"))
+ASKED = tuple(kind for kind in KINDS if kind not in CAPTIONS)
 # changes of the model; the encoder has 16 patches
 COMPRESSIONS = {
     "": {},
@@ -60,11 +61,13 @@ def get_config(arguments: str = "mlp"):
     config.init_from = start or "runs/llava_stage1"
     config.model.update(COMPRESSIONS[compression])
     config.steps = config.checkpoint.every = STEPS
-    config.data.options = {"image_size": llava_shapes_stage1.SIZE, "kinds": ASKED}
-    config.data.text.length = 104
+    kinds = (*ASKED, "counting", "counting", "relation")  # these two are learnt last
+    config.data.options = {"image_size": llava_shapes_stage1.SIZE, "kinds": kinds, "turns": 2}
+    config.data.text.length = 68
     config.data.text.tokenizer = "file"
     config.data.text.path = f"{config.init_from}/tokenizer.json"
     config.objective.max_new_tokens = 12
+    config.optimizer.lr = 2e-3
     if variant != "blind":
         config.optimizer.freeze = ("image/.*",)
     config.evals = {
@@ -72,7 +75,10 @@ def get_config(arguments: str = "mlp"):
             "name": "answers",
             "every": 0,
             "batch_size": 250,
-            "data": {"name": "instructions", "split": split},
+            "data": {
+                "split": split,
+                "options": {"image_size": llava_shapes_stage1.SIZE, "kinds": ASKED},
+            },
             "beside": {"blind": f"{blind}/eval/{STEPS}/{split}/answers.jsonl"} if blind else {},
         }
         for split in ("test", "novel")

@@ -141,7 +141,8 @@ def load_instructions(
         image_size: height and width of the pictures.
         train_size: number of training conversations.
         test_size: number of questions of each of the other splits.
-        kinds: of questions, of KINDS; those with "description" alone are captions.
+        kinds: of questions, of KINDS; a kind that stands twice is asked twice as often. Those of
+            questions.CAPTIONS are captions.
         turns: questions per training conversation.
 
     Raises:

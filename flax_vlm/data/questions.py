@@ -14,10 +14,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flax_vlm.data.scenes import COLORS, SHAPES, Scene, SceneObject, describe, place_of, relation
+from flax_vlm.data.scenes import COLORS, SHAPES, Scene, SceneObject, cell_of, describe, relation
 
 Turn = tuple[str, str]  # question, answer
 NUMBERS = ("zero", "one", "two", "three")
+# One word each, a token: of "in the top left corner" only the first word would stand right behind
+# what it is said of.
+PLACES = (
+    ("northwest", "north", "northeast"),
+    ("west", "center", "east"),
+    ("southwest", "south", "southeast"),
+)
 _DESCRIBE = ("Describe the picture.", "What do you see?", "Say what is in the picture.")
 _DETAIL = ("Describe the picture in detail.", "List all things.", "What lies where?")
 
@@ -35,23 +42,35 @@ def detail(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     colour stands behind the shape, the place behind the colour.
     """
     things = [scene[i] for i in rng.permutation(len(scene))]
-    said = ", ".join(f"a {o.size} {o.shape} in {o.color} {place_of(o)}" for o in things)
+    said = ", ".join(f"a {o.size} {name(o)} {place_of(o)}" for o in things)
     return [(_DETAIL[rng.integers(len(_DETAIL))], f"{NUMBERS[len(scene)]}: {said}")]
 
 
+def inventory(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Returns how many there are of some colours and shapes, in any order: up to three that the
+    scene has, and others, six in all.
+    """
+    counts = count_colors(scene) | count_shapes(scene)
+    names = [list(counts)[i] for i in rng.permutation(len(counts))]
+    there = [name for name in names if counts[name]][:3]
+    missing = [name for name in names if not counts[name]][: 6 - len(there)]
+    said = [name for name in names if name in there or name in missing]
+    return [("How many of each?", ", ".join(f"{name}: {NUMBERS[counts[name]]}" for name in said))]
+
+
 def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Returns how many things there are: all, or of a colour or shape."""
+    """Returns how many things there are: all, or of a colour or shape.
+
+    Of a scene's numbers, zero included, one is as likely asked for as another: a question shall not
+    tell its answer (Goyal et al., 2017, arXiv:1612.00837).
+    """
     what = rng.integers(3)
     if what == 0:
         return [("How many things are there?", NUMBERS[len(scene)])]
-    thing = scene[rng.integers(len(scene))]
-    if what == 1:
-        color = thing.color if rng.random() < 0.7 else _pick(tuple(COLORS), rng)
-        count = sum(o.color == color for o in scene)
-        return [(f"How many {color} things are there?", NUMBERS[count])]
-    shape = thing.shape if rng.random() < 0.7 else _pick(SHAPES, rng)
-    count = sum(o.shape == shape for o in scene)
-    return [(f"How many {plural(shape)} are there?", NUMBERS[count])]
+    counts = count_colors(scene) if what == 1 else count_shapes(scene)
+    number = _pick(sorted(set(counts.values())), rng)
+    name = _pick([name for name, count in counts.items() if count == number], rng)
+    return [(f"How many things are {name}?", NUMBERS[number])]
 
 
 def color(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -69,7 +88,7 @@ def shape(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Returns where a thing lies in the picture."""
+    """Returns where a thing lies in the picture, a word of PLACES."""
     thing = _pick(scene, rng)
     return [(f"Where is the {name(thing)}?", place_of(thing))]
 
@@ -111,6 +130,7 @@ def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], list[Turn]]] = {
     "description": description,
     "detail": detail,
+    "inventory": inventory,
     "counting": counting,
     "color": color,
     "shape": shape,
@@ -119,11 +139,30 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], list[Turn]]] = {
     "comparison": comparison,
     "follow_up": follow_up,
 }
+CAPTIONS = ("description", "detail", "inventory")  # kinds that say all there is to say
+
+
+def place_of(thing: SceneObject) -> str:
+    """Returns where a thing lies, a word of PLACES."""
+    row, column = cell_of(thing)
+    return PLACES[row][column]
 
 
 def name(thing: SceneObject) -> str:
-    """Returns the words that tell a thing from the others of its scene: colour and shape."""
-    return f"{thing.color} {thing.shape}"
+    """Returns the words that tell a thing from the others of its scene: shape and colour, as in
+    `detail`.
+    """
+    return f"{thing.shape} in {thing.color}"
+
+
+def count_colors(scene: Scene) -> dict[str, int]:
+    """Returns how many things of a scene have each colour."""
+    return {color: sum(o.color == color for o in scene) for color in COLORS}
+
+
+def count_shapes(scene: Scene) -> dict[str, int]:
+    """Returns how many things of a scene have each shape, by its plural."""
+    return {plural(shape): sum(o.shape == shape for o in scene) for shape in SHAPES}
 
 
 def plural(shape: str) -> str:

@@ -227,9 +227,15 @@ def relation(a: SceneObject, b: SceneObject) -> str:
     return "above" if dy > 0 else "below"
 
 
-def place_of(thing: SceneObject) -> str:
-    """Returns where an object lies: its centre's cell among three by three."""
+def cell_of(thing: SceneObject) -> tuple[int, int]:
+    """Returns the (row, column) of an object's centre, of three by three."""
     column, row = (min(2, int(3 * c)) for c in thing.center)
+    return row, column
+
+
+def place_of(thing: SceneObject) -> str:
+    """Returns where an object lies, in words of PLACES."""
+    row, column = cell_of(thing)
     return PLACES[row][column]
 
 

@@ -4,6 +4,8 @@
     "vit"         big_vision `models/vit.py` and `text_transformer.py` (ViT, SigLIP): xavier uniform
                   for attention and MLP, MLP biases N(0, 1e-6^2), positions and token embedding N(0,
                   1/D), class token 0, patches and head lecun normal.
+    "vit_small" as "vit", but positions N(0, 2^2): of a patch it is then kept where it lies, and not
+                only what it shows. For towers of few patches that are trained from nothing.
     "clip_image"  CLIP's vision tower: class token, positions and projection N(0, 1/D); the rest is
                   torch's default: fused qkv xavier uniform, other kernels U(-1/sqrt(fan_in),
                   1/sqrt(fan_in)).
@@ -62,6 +64,11 @@ def init_vit(width: int, depth: int) -> Init:
     )
 
 
+def init_vit_small(width: int, depth: int) -> Init:
+    """Returns big_vision's scheme with positions that are as large as what patches show."""
+    return dataclasses.replace(init_vit(width, depth), positions=normal(2.0))
+
+
 def init_clip_image(width: int, depth: int) -> Init:
     """Returns the scheme of CLIP's vision tower."""
     # U(-1/sqrt(fan_in), 1/sqrt(fan_in)) has the variance 1 / (3 fan_in)
@@ -118,6 +125,7 @@ def init_language_model(width: int, depth: int) -> Init:
 
 INITS: dict[str, Callable[[int, int], Init]] = {
     "vit": init_vit,
+    "vit_small": init_vit_small,
     "clip_image": init_clip_image,
     "clip_text": init_clip_text,
     "language_model": init_language_model,

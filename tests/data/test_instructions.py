@@ -26,10 +26,22 @@ def asked(kind, scene=SCENE, draws=200):
 def test_things_are_counted():
     answers = asked("counting")
     assert answers["How many things are there?"] == "three"
-    assert answers["How many circles are there?"] == "two"
-    assert answers["How many red things are there?"] == "one"
-    assert answers["How many yellow things are there?"] == "zero"
-    assert answers["How many crosses are there?"] == "zero"
+    assert answers["How many things are circles?"] == "two"
+    assert answers["How many things are red?"] == "one"
+    assert answers["How many things are yellow?"] == "zero"
+    assert answers["How many things are crosses?"] == "zero"
+
+
+def test_the_numbers_of_a_scene_are_asked_for_equally_often():
+    rng = np.random.default_rng(0)
+    turns = [QUESTIONS["counting"](SCENE, rng)[0] for _ in range(3000)]
+    named = [(question.removesuffix("?").split()[-1], answer) for question, answer in turns]
+    of_colors = collections.Counter(a for name, a in named if name in COLORS)
+    of_shapes = collections.Counter(a for name, a in named if name not in (*COLORS, "there"))
+    assert set(of_colors) == {"zero", "one"} and set(of_shapes) == {"zero", "one", "two"}
+    for counts in (of_colors, of_shapes):
+        share = np.array(list(counts.values())) / sum(counts.values())
+        np.testing.assert_allclose(share, 1 / len(counts), atol=0.06)
 
 
 def test_only_what_words_fit_alone_is_asked_for():
@@ -44,9 +56,9 @@ def test_only_what_words_fit_alone_is_asked_for():
 
 def test_a_thing_is_found_among_nine_places():
     assert asked("place") == {
-        "Where is the red circle?": "in the top left corner",
-        "Where is the blue star?": "in the top right corner",
-        "Where is the green circle?": "in the bottom left corner",
+        "Where is the circle in red?": "northwest",
+        "Where is the star in blue?": "northeast",
+        "Where is the circle in green?": "southwest",
     }
 
 
@@ -57,24 +69,36 @@ def test_all_things_are_listed_in_any_order():
     for said in lists:
         number, _, things = said.partition(": ")
         assert number == "three" and sorted(things.split(", ")) == [
-            "a large circle in red in the top left corner",
-            "a small circle in green in the bottom left corner",
-            "a small star in blue in the top right corner",
+            "a large circle in red northwest",
+            "a small circle in green southwest",
+            "a small star in blue northeast",
         ]
+
+
+def test_an_inventory_has_what_is_there_and_what_is_not():
+    names, counts = collections.Counter(), {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1}
+    words = {"zero": 0, "one": 1, "two": 2}
+    for seed in range(300):
+        [(_, answer)] = QUESTIONS["inventory"](SCENE, np.random.default_rng(seed))
+        items = dict(item.split(": ") for item in answer.split(", "))
+        assert all(words[number] == counts.get(name, 0) for name, number in items.items())
+        assert len(items) == 6 and sum(name in counts for name in items) == 3
+        names.update(list(items))
+    assert len(names) == len(SHAPES) + len(COLORS)
 
 
 def test_relations_are_told_along_the_axis_that_differs_more():
     answers = asked("relation")
-    assert answers["Where is the red circle, seen from the blue star?"] == "left"
-    assert answers["Where is the blue star, seen from the red circle?"] == "right"
-    assert answers["Where is the green circle, seen from the red circle?"] == "below"
+    assert answers["Where is the circle in red, seen from the star in blue?"] == "left"
+    assert answers["Where is the star in blue, seen from the circle in red?"] == "right"
+    assert answers["Where is the circle in green, seen from the circle in red?"] == "below"
     assert QUESTIONS["relation"]((RED,), np.random.default_rng(0)) == []
 
 
 def test_a_large_and_a_small_thing_are_compared():
     answers = asked("comparison")
-    assert answers["Which is larger, the blue star or the red circle?"] == "the red circle"
-    assert answers["Which is smaller, the red circle or the green circle?"] == "the green circle"
+    assert answers["Which is larger, the star in blue or the circle in red?"] == "the circle in red"
+    assert answers["Which is smaller, the circle in red or the circle in green?"] == "the circle in green"
     assert QUESTIONS["comparison"]((BLUE, GREEN), np.random.default_rng(0)) == []
 
 
@@ -86,9 +110,9 @@ def test_a_follow_up_speaks_of_what_was_asked_before():
         assert (
             place
             == {
-                "red": "in the top left corner",
-                "blue": "in the top right corner",
-                "green": "in the bottom left corner",
+                "red": "northwest",
+                "blue": "northeast",
+                "green": "southwest",
             }[first.split()[4]]
         )
 
@@ -122,7 +146,8 @@ def test_examples_are_a_function_of_split_and_index(sources):
 
 def test_training_never_shows_or_names_a_held_out_pair(sources):
     pairs = {f"{color} {shape}" for color, shape in HELD_OUT}
-    assert len(pairs) == 6 and {s for _, s in HELD_OUT} == set(SHAPES)
+    pairs |= {f"{shape} in {color}" for color, shape in HELD_OUT}
+    assert len(pairs) == 12 and {s for _, s in HELD_OUT} == set(SHAPES)
     for split in ("train", "test"):
         texts = [t["content"] for i in range(400) for t in sources[split][i]["conversation"]]
         assert not [text for text in texts if any(pair in text for pair in pairs)]

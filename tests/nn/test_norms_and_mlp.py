@@ -77,6 +77,8 @@ def test_the_mlp_equals_the_oracle_and_drops_in_training_alone():
         ("vit", "mlp_bias", (4096,), 1e-6),
         ("vit", "patches", (16, 16, 3, 256), (1 / 768) ** 0.5),
         ("vit", "positions", (196, 256), 256**-0.5),
+        ("vit_small", "positions", (196, 256), 2.0),
+        ("vit_small", "mlp_in", (256, 1024), (2 / 1280) ** 0.5),
         ("vit", "class_token", (1, 256), 0.0),
         ("vit", "embedding", (1000, 256), 256**-0.5),
         ("clip_text", "attention_in", (256, 256), 256**-0.5),
