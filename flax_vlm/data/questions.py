@@ -59,8 +59,7 @@ def inventory(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Returns how many things there are: all, or of a colour or shape, which the answer names as an
-    `inventory` does.
+    """Returns how many things there are: all, or of a colour or shape.
 
     Of a scene's numbers, zero included, one is as likely asked for as another: a question shall not
     tell its answer (Goyal et al., 2017, arXiv:1612.00837).
@@ -71,7 +70,7 @@ def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     counts = count_colors(scene) if what == 1 else count_shapes(scene)
     number = _pick(sorted(set(counts.values())), rng)
     name = _pick([name for name, count in counts.items() if count == number], rng)
-    return [(f"How many things are {name}?", f"{name}: {NUMBERS[number]}")]
+    return [(f"How many things are {name}?", NUMBERS[number])]
 
 
 def color(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -85,7 +84,7 @@ def shape(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """Returns the shape of a thing whose colour no other has."""
     alone = [o for o in scene if sum(p.color == o.color for p in scene) == 1]
     thing = _pick(alone, rng)
-    return [] if thing is None else [(f"What shape is the thing in {thing.color}?", thing.shape)]
+    return [] if thing is None else [(f"What shape is the {thing.color} thing?", thing.shape)]
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -122,7 +121,7 @@ def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     if not first:
         return []
     question, answer = first[0]
-    thing = next(o for o in scene if f"in {o.color}?" in question and o.shape == answer)
+    thing = next(o for o in scene if f"the {o.color} thing" in question and o.shape == answer)
     return [*first, ("Where is it?", place_of(thing))]
 
 

@@ -26,18 +26,18 @@ def asked(kind, scene=SCENE, draws=200):
 def test_things_are_counted():
     answers = asked("counting")
     assert answers["How many things are there?"] == "three"
-    assert answers["How many things are circles?"] == "circles: two"
-    assert answers["How many things are red?"] == "red: one"
-    assert answers["How many things are yellow?"] == "yellow: zero"
-    assert answers["How many things are crosses?"] == "crosses: zero"
+    assert answers["How many things are circles?"] == "two"
+    assert answers["How many things are red?"] == "one"
+    assert answers["How many things are yellow?"] == "zero"
+    assert answers["How many things are crosses?"] == "zero"
 
 
 def test_the_numbers_of_a_scene_are_asked_for_equally_often():
     rng = np.random.default_rng(0)
     turns = [QUESTIONS["counting"](SCENE, rng)[0] for _ in range(3000)]
-    named = [answer.split(": ") for _, answer in turns if ": " in answer]
-    of_colors = collections.Counter(number for name, number in named if name in COLORS)
-    of_shapes = collections.Counter(number for name, number in named if name not in COLORS)
+    named = [(question.removesuffix("?").split()[-1], answer) for question, answer in turns]
+    of_colors = collections.Counter(a for name, a in named if name in COLORS)
+    of_shapes = collections.Counter(a for name, a in named if name not in (*COLORS, "there"))
     assert set(of_colors) == {"zero", "one"} and set(of_shapes) == {"zero", "one", "two"}
     for counts in (of_colors, of_shapes):
         share = np.array(list(counts.values())) / sum(counts.values())
@@ -47,9 +47,9 @@ def test_the_numbers_of_a_scene_are_asked_for_equally_often():
 def test_only_what_words_fit_alone_is_asked_for():
     assert asked("color") == {"What color is the star?": "blue"}  # there are two circles
     assert asked("shape") == {
-        "What shape is the thing in red?": "circle",
-        "What shape is the thing in blue?": "star",
-        "What shape is the thing in green?": "circle",
+        "What shape is the red thing?": "circle",
+        "What shape is the blue thing?": "star",
+        "What shape is the green thing?": "circle",
     }
     assert QUESTIONS["color"]((RED, GREEN), np.random.default_rng(0)) == []
 
@@ -76,10 +76,7 @@ def test_all_things_are_listed_in_any_order():
 
 
 def test_an_inventory_has_what_is_there_and_what_is_not():
-    names, counts = (
-        collections.Counter(),
-        {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1},
-    )
+    names, counts = collections.Counter(), {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1}
     words = {"zero": 0, "one": 1, "two": 2}
     for seed in range(300):
         [(_, answer)] = QUESTIONS["inventory"](SCENE, np.random.default_rng(seed))
@@ -101,10 +98,7 @@ def test_relations_are_told_along_the_axis_that_differs_more():
 def test_a_large_and_a_small_thing_are_compared():
     answers = asked("comparison")
     assert answers["Which is larger, the star in blue or the circle in red?"] == "the circle in red"
-    assert (
-        answers["Which is smaller, the circle in red or the circle in green?"]
-        == "the circle in green"
-    )
+    assert answers["Which is smaller, the circle in red or the circle in green?"] == "the circle in green"
     assert QUESTIONS["comparison"]((BLUE, GREEN), np.random.default_rng(0)) == []
 
 
@@ -119,7 +113,7 @@ def test_a_follow_up_speaks_of_what_was_asked_before():
                 "red": "northwest",
                 "blue": "northeast",
                 "green": "southwest",
-            }[first.removesuffix("?").split()[-1]]
+            }[first.split()[4]]
         )
 
 
