@@ -76,7 +76,10 @@ def test_all_things_are_listed_in_any_order():
 
 
 def test_an_inventory_has_what_is_there_and_what_is_not():
-    names, counts = collections.Counter(), {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1}
+    names, counts = (
+        collections.Counter(),
+        {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1},
+    )
     words = {"zero": 0, "one": 1, "two": 2}
     for seed in range(300):
         [(_, answer)] = QUESTIONS["inventory"](SCENE, np.random.default_rng(seed))
@@ -98,7 +101,10 @@ def test_relations_are_told_along_the_axis_that_differs_more():
 def test_a_large_and_a_small_thing_are_compared():
     answers = asked("comparison")
     assert answers["Which is larger, the star in blue or the circle in red?"] == "the circle in red"
-    assert answers["Which is smaller, the circle in red or the circle in green?"] == "the circle in green"
+    assert (
+        answers["Which is smaller, the circle in red or the circle in green?"]
+        == "the circle in green"
+    )
     assert QUESTIONS["comparison"]((BLUE, GREEN), np.random.default_rng(0)) == []
 
 
