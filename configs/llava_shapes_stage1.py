@@ -6,13 +6,13 @@
 
 LLaVA starts from a CLIP and a language model and trains nothing but the connector here. Nothing is
 pretrained in this repository, so the image encoder and the language model learn their trade from
-the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. Of six captions four list
-all things in any order, each followed by its place, so that the place has to be found by what the
-thing is like; one counts colours and shapes; one reads a digit.
+the captions, too; configs/llava15_7b_stage1.py is the recipe of the paper. Of six captions four
+list all things in any order, each followed by its place, so that the place has to be found by what
+the thing is like; one counts colours and shapes; one reads a digit.
 
-A patch here shows little and lies in one of sixteen places. With the usual small position
-embeddings what it shows drowns where it lies, and which thing lies where is never learnt:
-"vit_small" and the weight decay keep the two of one size.
+A patch lies in one of sixteen places. With the usual, small position embeddings what it shows
+drowns where it lies, and which thing lies where is not learnt: "vit_small" and the weight decay
+keep the two of one size.
 
 The argument chooses the connector: "mlp" (LLaVA-1.5) or "resampler" (Flamingo's Perceiver
 Resampler, 8 latents); "blind" is the same recipe without images, for comparison.

@@ -10,7 +10,7 @@ read (1 ms). Splits:
             has; both of its words are known
 
 Digits: `data.digits`, its train images for "train", its test images for the others. Kinds of
-questions are those of `data.questions` and "digit"; every kind is as frequent as every other.
+questions are those of `data.questions` and "digit"; each is as frequent as it stands in `kinds`.
 """
 
 from __future__ import annotations
