@@ -51,11 +51,11 @@ def inventory(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     scene has, and others, six in all.
     """
     counts = count_colors(scene) | count_shapes(scene)
-    names = [list(counts)[i] for i in rng.permutation(len(counts))]
-    there = [name for name in names if counts[name]][:3]
-    missing = [name for name in names if not counts[name]][: 6 - len(there)]
-    said = [name for name in names if name in there or name in missing]
-    return [("How many of each?", ", ".join(f"{name}: {NUMBERS[counts[name]]}" for name in said))]
+    words = [list(counts)[i] for i in rng.permutation(len(counts))]
+    there = [word for word in words if counts[word]][:3]
+    missing = [word for word in words if not counts[word]][: 6 - len(there)]
+    said = [word for word in words if word in there or word in missing]
+    return [("How many of each?", ", ".join(f"{word}: {NUMBERS[counts[word]]}" for word in said))]
 
 
 def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -69,8 +69,8 @@ def counting(scene: Scene, rng: np.random.Generator) -> list[Turn]:
         return [("How many things are there?", NUMBERS[len(scene)])]
     counts = count_colors(scene) if what == 1 else count_shapes(scene)
     number = _pick(sorted(set(counts.values())), rng)
-    name = _pick([name for name, count in counts.items() if count == number], rng)
-    return [(f"How many things are {name}?", NUMBERS[number])]
+    word = _pick([word for word, count in counts.items() if count == number], rng)
+    return [(f"How many things are {word}?", NUMBERS[number])]
 
 
 def color(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -139,7 +139,7 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], list[Turn]]] = {
     "comparison": comparison,
     "follow_up": follow_up,
 }
-CAPTIONS = ("description", "detail", "inventory")  # kinds that say all there is to say
+CAPTIONS = ("description", "detail", "inventory")  # kinds that tell what a picture shows
 
 
 def place_of(thing: SceneObject) -> str:
