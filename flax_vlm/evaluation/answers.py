@@ -92,11 +92,10 @@ def correct_answers(file: str, answered: Sequence[Answered]) -> list[float]:
     theirs = [(row["index"], row["question"]) for row in rows]
     ours = [(one.index, one.question) for one in answered]
     if theirs != ours:
-        other = next((n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), "")
+        same = sum(a == b for a, b in zip(theirs, ours, strict=False))
         raise ValueError(
             f"answers stand beside those to the same questions: {file} has {len(theirs)}, here are "
-            f"{len(ours)}{f', number {other} is another' if other != '' else ''}; evaluate both "
-            f"runs on the same data"
+            f"{len(ours)}, and {same} of them are the same; evaluate both runs on the same data"
         )
     return [float(row["correct"]) for row in rows]
 

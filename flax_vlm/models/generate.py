@@ -303,8 +303,11 @@ def generate(
         cache_dtype: of the cache, see `start`.
 
     Raises:
-        ValueError: if the cache is too short, or sampling has no key or bad numbers.
+        ValueError: if there is nothing to generate, the cache is too short, or sampling has no key
+            or bad numbers.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if sampling is not None and key is None:
         raise ValueError("sampling needs a random key, got None")
     state = start(

@@ -274,6 +274,9 @@ def test_bad_requests_name_the_rule():
         "the cache must hold prefix, prompt and 6 new tokens, 14 slots, got 13": lambda: tokens_of(
             capacity=13
         ),
+        "max_new_tokens must be at least 1, got 0": lambda: generate(
+            MODEL, PARAMS, given, max_new_tokens=0
+        ),
         "sampling needs a random key": lambda: tokens_of(sampling=Sampling()),
         "temperature must be above 0": lambda: tokens_of(
             sampling=Sampling(0.0), key=jax.random.key(0)
