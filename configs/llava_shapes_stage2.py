@@ -61,8 +61,8 @@ def get_config(arguments: str = "mlp"):
     config.model.update(COMPRESSIONS[compression])
     config.steps = config.checkpoint.every = STEPS
     kinds = (*ASKED, "counting", "counting", "relation")  # these two are learnt last
-    config.data.options = {"image_size": llava_shapes_stage1.SIZE, "kinds": kinds, "turns": 2}
-    config.data.text.length = 68
+    config.data.options = {"image_size": llava_shapes_stage1.SIZE, "kinds": kinds, "turns": 4}
+    config.data.text.length = 76 + llava_shapes_stage1.VISUAL_TOKENS[variant]
     config.data.text.tokenizer = "file"
     config.data.text.path = f"{config.init_from}/tokenizer.json"
     config.objective.max_new_tokens = 12

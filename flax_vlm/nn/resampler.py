@@ -17,7 +17,8 @@ Implementations differ, so what differs is a field:
     IDEFICS        relu            16 x 96   no                optional
 
 Differs from the paper: the time embeddings of more frames than were learned are an error, not an
-interpolation; latents start normal with deviation 0.02 (IDEFICS: 1, OpenFlamingo: 1).
+interpolation. How latents and queries start is a field, too: latents of deviation 0.02 here, 1 in
+IDEFICS and OpenFlamingo.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class PerceiverAttention(nn.Module):
         head_dim: K.
         norm_eps: epsilon of all norms.
         qk_norm: a LayerNorm over K of every query and key.
+        query_gain: see PerceiverResampler.
         dtype: of the matmuls; parameters are float32.
         implementation: "auto" or a key of attention.IMPLEMENTATIONS.
     """
@@ -50,6 +52,7 @@ class PerceiverAttention(nn.Module):
     head_dim: int
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    query_gain: float = 1.0
     dtype: str = "float32"
     implementation: str = "auto"
 
@@ -69,12 +72,16 @@ class PerceiverAttention(nn.Module):
         x = LayerNorm(self.norm_eps, name="context_norm")(x)
         both = jnp.concatenate([x, latents], axis=1)  # [B, P + Q, D]
 
-        def project(name: str, y: jax.Array) -> jax.Array:
+        def project(name: str, y: jax.Array, gain: float = 1.0) -> jax.Array:
             return nn.DenseGeneral(
-                (self.num_heads, self.head_dim), use_bias=False, dtype=self.dtype, name=name
+                (self.num_heads, self.head_dim),
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.variance_scaling(gain**2, "fan_in", "truncated_normal"),
+                name=name,
             )(y)
 
-        q, k, v = project("q", latents), project("k", both), project("v", both)
+        q, k, v = project("q", latents, self.query_gain), project("k", both), project("v", both)
         if self.qk_norm:
             q = LayerNorm(self.norm_eps, name="q_norm")(q)
             k = LayerNorm(self.norm_eps, name="k_norm")(k)
@@ -135,6 +142,10 @@ class PerceiverResampler(nn.Module):
         activation: a key of mlp.ACTIVATIONS.
         num_frames: learned time embeddings; 0 has none.
         qk_norm: a LayerNorm over K of every query and key.
+        latent_std: deviation of the latents before training.
+        query_gain: deviation of the query kernels before training, in units of LeCun's 1 / sqrt(D).
+            At 1 every latent starts with a broad mean of all tokens; at 4 its heads look at a few
+            each, which short training from scratch has no time to learn.
         norm_eps: epsilon of all norms.
         dtype: of the matmuls; parameters are float32.
         attention_implementation: "auto" or a key of attention.IMPLEMENTATIONS.
@@ -148,6 +159,8 @@ class PerceiverResampler(nn.Module):
     activation: str = "relu_squared"
     num_frames: int = 0
     qk_norm: bool = False
+    latent_std: float = 0.02
+    query_gain: float = 1.0
     norm_eps: float = 1e-5
     dtype: str = "float32"
     attention_implementation: str = "auto"
@@ -171,7 +184,10 @@ class PerceiverResampler(nn.Module):
             mask = jnp.concatenate([mask.reshape(batch, -1), latents_seen], axis=1)
             mask = mask[:, None, None]  # [B, 1, 1, P + Q]
         latents = self.param(
-            "latents", nn.initializers.normal(0.02), (self.num_latents, width), jnp.float32
+            "latents",
+            nn.initializers.normal(self.latent_std),
+            (self.num_latents, width),
+            jnp.float32,
         )
         latents = jnp.broadcast_to(latents.astype(x.dtype), (batch, *latents.shape))  # [B, Q, D]
         blocks = nn.scan(
@@ -185,6 +201,7 @@ class PerceiverResampler(nn.Module):
                 "num_heads": self.num_heads,
                 "head_dim": self.head_dim,
                 "qk_norm": self.qk_norm,
+                "query_gain": self.query_gain,
                 "implementation": self.attention_implementation,
             },
             mlp_dim=self.mlp_ratio * width,

@@ -108,7 +108,7 @@ def test_a_model_trained_from_scratch_answers_the_same_in_transformers(llava_run
 
 
 @pytest.mark.parametrize(
-    ("variant", "expected"), [("mlp", "llava"), ("blind", "llama"), ("resampler", None)]
+    ("variant", "expected"), [("mlp", "llava"), ("blind", "qwen3"), ("resampler", None)]
 )
 def test_the_recipe_at_its_full_size_is_held_or_refused(variant, expected):
     spec = llava_shapes_stage2.get_config(variant).model.to_dict()

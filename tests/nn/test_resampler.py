@@ -124,6 +124,20 @@ def test_padding_changes_nothing_and_gets_no_gradient():
     assert not np.any(gradient[~mask]) and np.all(np.any(gradient[mask], -1))
 
 
+def test_latents_and_queries_start_as_large_as_told():
+    x = jnp.zeros((1, P, 64))
+    plain, given = (
+        make(num_latents=64, **fields).init(jax.random.key(0), x)["params"]
+        for fields in ({}, {"latent_std": 1.0, "query_gain": 4.0})
+    )
+    expected = trees.map_with_path(
+        lambda path, leaf: leaf * {"latents": 50, "blocks/attention/q/kernel": 4}.get(path, 1),
+        plain,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), expected, given)
+    assert float(given["latents"].std()) == pytest.approx(1, rel=0.05)
+
+
 def test_frames_without_time_embeddings_may_come_in_any_order_and_with_them_not():
     x = tokens(B, F, P, D)
     for num_frames, equal in ((0, True), (F, False)):
