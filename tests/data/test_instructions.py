@@ -76,10 +76,8 @@ def test_all_things_are_listed_in_any_order():
 
 
 def test_an_inventory_has_what_is_there_and_what_is_not():
-    names, counts = (
-        collections.Counter(),
-        {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1},
-    )
+    names = collections.Counter()
+    counts = {"circles": 2, "stars": 1, "red": 1, "blue": 1, "green": 1}
     words = {"zero": 0, "one": 1, "two": 2}
     for seed in range(300):
         [(_, answer)] = QUESTIONS["inventory"](SCENE, np.random.default_rng(seed))

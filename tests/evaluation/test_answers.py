@@ -120,7 +120,10 @@ def test_answers_to_other_questions_and_missing_files_are_refused(tmp_path):
     file = tmp_path / "answers.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match=f"has {len(lines) - 1}, here are {len(lines)}, and {len(lines) - 1} of them"):
+    with pytest.raises(
+        ValueError,
+        match=f"has {len(lines) - 1}, here are {len(lines)}, and {len(lines) - 1} of them",
+    ):
         make_evaluator(beside={"blind": str(file)}).run(make_predictor(), None)
     file.write_text("\n".join([lines[0].replace('"index": 0', '"index": 1'), *lines[1:]]))
     with pytest.raises(ValueError, match=f"and {len(lines) - 1} of them are the same"):
