@@ -5,6 +5,7 @@ torch and transformers belong to the test extra: where they are absent these tes
 skip."""
 
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ def randomise(model, seed=0):
     from_one = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if type(module).__name__.startswith("Gemma") and type(module).__name__.endswith("RMSNorm")
+        if re.fullmatch(r"Gemma\d*RMSNorm", type(module).__name__)
     }
     with torch.no_grad():
         for name, p in model.named_parameters():
