@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Conversations as one text, and which of its characters a model is trained to say.
 
-    [{"role": "user", "content": "<image>\\nHow many?"}, {"role": "assistant", "content": "two"}]
+    [{"role": "user", "content": "<image>\nHow many?"}, {"role": "assistant", "content": "two"}]
 
-    vicuna_v1:  A chat between ... USER: <image>\\nHow many? ASSISTANT: two</s>
+    vicuna_v1:  A chat between ... USER: <image>\nHow many? ASSISTANT: two</s>
     supervised:                                                       ^^^^^^^^
 
 What is supervised is said in characters, by whoever writes the text; nothing is searched for and no
@@ -56,8 +56,8 @@ class ChatTemplate:
 
 
 _VICUNA = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TEMPLATES: dict[str, ChatTemplate] = {
     # captions: the first stage of LLaVA
@@ -69,7 +69,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
         " {}{eos}",
         begin="{bos}",
         system="{} ",
-        default_system=_VICUNA.replace("human", "user"),
+        default_system=_VICUNA,
     ),
     "llama2": ChatTemplate(
         "{bos}[INST] {} [/INST]",
@@ -150,11 +150,12 @@ def render(
     for n, turn in enumerate(turns):
         content = turn["content"].strip()
         if turn["role"] == "user":
-            form = t.user
+            before, after = t.user.split("{}")
             if n == 0 and system and t.first_user is not None:
-                form = t.first_user.replace("{system}", system)
+                before, after = t.first_user.split("{}")
+                before = before.replace("{system}", system)
             kept = IMAGE_MARKER * content.count(IMAGE_MARKER) if t.images_only else content
-            text += form.replace("{}", kept) + t.assistant
+            text += before + kept + after + t.assistant
         else:
             answer = t.answer.replace("{}", content)
             spans.append((len(text), len(text) + len(answer)))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Conversations with images to rows of a batch: the one place where they become tokens.
 
-    content     <image>\\nHow many? | two
-    text        Q: <image>\\nHow many? A: two<eos>
-    tokens      Q : <i> <i> <i> <i> \\n How many ? A : two <eos>     one <i> per visual token
+    content     <image>\nHow many? | two
+    text        Q: <image>\nHow many? A: two<eos>
+    tokens      Q : <i> <i> <i> <i> \n How many ? A : two <eos>     one <i> per visual token
     loss_mask   . .  .   .   .   .   .  .   .   . . .  1    1
 
 The whole text is cut into tokens once, and a token is supervised if its characters lie in an

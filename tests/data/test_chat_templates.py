@@ -79,6 +79,10 @@ def test_a_system_message_goes_where_the_template_has_it():
 def test_what_a_person_writes_is_no_template():
     turns = [{"role": "user", "content": "{eos} {} {bos}"}, {"role": "assistant", "content": "{}"}]
     assert render(turns, "short", **ENDS).text == "Q: {eos} {} {bos} A: {}</s>"
+    system = {"role": "system", "content": "Answer as {} or {system}."}
+    assert render([system, *turns], "llama2", **ENDS).text == (
+        "<s>[INST] <<SYS>>\nAnswer as {} or {system}.\n<</SYS>>\n\n{eos} {} {bos} [/INST] {} </s>"
+    )
 
 
 @pytest.mark.parametrize(
