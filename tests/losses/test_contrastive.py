@@ -196,7 +196,8 @@ def test_the_softmax_loss_is_accurate_at_scale_100_and_a_tiny_loss():
     assert abs(gradients["scale"] / slope["scale"] - 1) < 2e-6
     x = jnp.float32(100) * (jnp.float32(case.image) @ jnp.float32(case.text).T)
     usual = (jax.nn.logsumexp(x, 1) + jax.nn.logsumexp(x, 0)) / 2 - jnp.diagonal(x)
-    assert abs(float(usual.mean()) / true.mean() - 1) > 1e-5  # what the softplus form is for
+    # what the softplus form is for; row by row, since in the mean errors of rounding may cancel
+    assert np.abs(found / true - 1).max() < 1e-4 < 1e-3 < np.abs(np.asarray(usual) / true - 1).max()
 
 
 @pytest.mark.parametrize("loss", [sigmoid_contrastive_loss, softmax_contrastive_loss])
