@@ -6,9 +6,9 @@
 Data: the 1,797 digits (8 x 8 pixels) that scikit-learn ships, 1,437 to train and 360 to test, with
 captions from ten templates. Writers are in both splits. Model: two transformers of width 64.
 
-Result, seed 0, on three machines, since CPUs round differently: zero-shot accuracy 98.3 % of the 360
-test images (95 % interval 96.4 to 99.2), 97.2 % (95.0 to 98.5), 96.4 % (93.9 to 97.9). Time on two
-CPU cores, compilation included: 145 seconds on the fastest, 286 on the slowest.
+Result, seed 0, on three machines, since CPUs round differently: zero-shot accuracy 98.3 % of the
+360 test images (95 % interval 96.4 to 99.2), 97.2 % (95.0 to 98.5), 96.4 % (93.9 to 97.9). Time on
+two CPU cores, compilation included: 145 seconds on the fastest, 286 on the slowest.
 """
 
 from configs.defaults import defaults, sealed
