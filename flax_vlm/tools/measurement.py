@@ -153,9 +153,9 @@ def _towers(program: Program) -> dict[str, dict[str, Any]]:
         for name, part in fields.items()
         if isinstance(part, nn.Module) and name != "parent"
     }
-    keys = ("dtype", "remat", "unroll")
+    keys = ("dtype", "remat", "unroll")  # a connector has no layers, and so the first alone
     return {
-        name: {key: getattr(part, key) for key in keys}
+        name: {key: getattr(part, key) for key in keys if hasattr(part, key)}
         for name, part in (parts or {"model": model}).items()
     }
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import siglip_digits
+from configs import llava_shapes_stage1, siglip_digits
 from flax_vlm.program import Program, plain
 from flax_vlm.tools import measurement, step_timing
 from flax_vlm.tools.attention_labels import attention_of
@@ -254,6 +254,14 @@ def test_a_matmul_is_measured_in_the_dtype_of_the_model(tiny, monkeypatch):
     changes = {f"model.{tower}.dtype": "bfloat16" for tower in ("image", "text")}
     measurement._flops(Program.from_config(with_changes(tiny, changes)), seconds=1.0)
     assert asked == ["bfloat16"]
+
+
+def test_parts_without_layers_are_reported_as_far_as_they_go():
+    program = Program.from_config(plain(llava_shapes_stage1.get_config()))
+    towers = measurement._towers(program)
+    assert towers["connector"] == {"dtype": "float32"}
+    assert towers["language_model"] == {"dtype": "float32", "remat": "none", "unroll": 4}
+    assert towers["image"]["unroll"] == 3
 
 
 def test_a_frozen_tower_counts_its_forward_pass_alone(tiny):
